@@ -1,0 +1,232 @@
+"""The shape of a DeepSeek-V3 model, in Hugging Face's `deepseek_v3` field names."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from abyssal.config.frozen import Frozen
+from abyssal.errors import ConfigError
+
+
+class RopeScaling(Frozen):
+    """YaRN's parameters, applied to the decoupled rotary dims only. Paper: §4.3."""
+
+    type: Literal["yarn"] = "yarn"
+    factor: float = Field(ge=1.0)
+    original_max_position_embeddings: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: float = Field(default=1.0, ge=0.0)
+    mscale_all_dim: float = Field(default=0.0, ge=0.0)
+
+    def attention_factor(self, weight: float) -> float:
+        """Return 0.1 * weight * ln(factor) + 1, YaRN's magnitude correction m."""
+        return 0.1 * weight * math.log(self.factor) + 1.0
+
+    @property
+    def rotary_factor(self) -> float:
+        """The amplitude of cos and sin: 1 when mscale equals mscale_all_dim, as released."""
+        return self.attention_factor(self.mscale) / self.attention_factor(self.mscale_all_dim)
+
+
+class ModelConfig(Frozen):
+    """Everything that fixes the parameters and the function of one model.
+
+    Field names, meanings and defaults of optional fields are those of Hugging Face's `DeepseekV3Config`.
+    Paper: §4.2 for the values of the 671B model.
+    """
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    moe_intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_nextn_predict_layers: int = Field(default=0, ge=0)
+    num_attention_heads: PositiveInt
+    q_lora_rank: PositiveInt | None = None
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    n_routed_experts: PositiveInt
+    n_shared_experts: PositiveInt = 1
+    num_experts_per_tok: PositiveInt
+    n_group: PositiveInt = 1
+    topk_group: PositiveInt = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: PositiveFloat = 1.0
+    first_k_dense_replace: int = Field(default=0, ge=0)
+    max_position_embeddings: PositiveInt
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: PositiveFloat = 1e-6
+    initializer_range: PositiveFloat = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = Field(default=0, ge=0)
+    eos_token_id: int | None = Field(default=1, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        experts_per_group, rest = divmod(self.n_routed_experts, self.n_group)
+        divisors = [str(n) for n in range(1, self.n_routed_experts + 1) if self.n_routed_experts % n == 0]
+        rules = [
+            (
+                self.qk_rope_head_dim % 2 == 0,
+                f"qk_rope_head_dim={self.qk_rope_head_dim}: must be even (RoPE rotates pairs); "
+                f"nearest: {self.qk_rope_head_dim + 1}",
+            ),
+            (
+                rest == 0,
+                f"n_group={self.n_group}: must divide n_routed_experts={self.n_routed_experts}; "
+                f"possible: {', '.join(divisors)}",
+            ),
+            (
+                self.n_group == 1 or experts_per_group >= 2,
+                f"n_group={self.n_group}: leaves {experts_per_group} expert a group, "
+                "but a group is scored by its best 2 (§2.1.2)",
+            ),
+            (
+                self.topk_group <= self.n_group,
+                f"topk_group={self.topk_group}: must be at most n_group={self.n_group}",
+            ),
+            (
+                self.num_experts_per_tok <= self.topk_group * experts_per_group,
+                f"num_experts_per_tok={self.num_experts_per_tok}: at most {self.topk_group * experts_per_group} "
+                f"experts stand in the {self.topk_group} of {self.n_group} groups a token may use",
+            ),
+            (
+                self.first_k_dense_replace <= self.num_hidden_layers,
+                f"first_k_dense_replace={self.first_k_dense_replace}: must be at most "
+                f"num_hidden_layers={self.num_hidden_layers}",
+            ),
+            *(
+                (token is None or token < self.vocab_size, f"{name}={token}: must be below vocab_size={self.vocab_size}")
+                for name, token in (("bos_token_id", self.bos_token_id), ("eos_token_id", self.eos_token_id))
+            ),
+        ]
+        for holds, sentence in rules:
+            if not holds:
+                raise ValueError(sentence)
+        return self
+
+    # Derived values
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query and key dims a head: nope + rope."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_layers(self) -> int:
+        """Main layers plus MTP layers: the number of entries under `model.layers`."""
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Width of the shared experts, which are held as one wider expert."""
+        return self.moe_intermediate_size * self.n_shared_experts
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim^-0.5, times m squared under YaRN. Paper: §2.1.1 eq. 10, §4.3."""
+        scale = self.qk_head_dim**-0.5
+        if self.rope_scaling is not None:
+            scale *= self.rope_scaling.attention_factor(self.rope_scaling.mscale_all_dim) ** 2
+        return scale
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether `layer` routes to experts; MTP layers always do. Paper: §4.2."""
+        return layer >= self.first_k_dense_replace
+
+    # Hugging Face's config.json
+
+    #: Fields with one value we implement; a config.json that asks for another is refused.
+    FIXED: ClassVar[dict[str, Any]] = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "moe_layer_freq": 1,
+        "rope_interleave": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+    #: Fields that do not change the function we compute; read and left.
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        "architectures auto_map aux_loss_alpha dtype ep_size head_dim id2label is_encoder_decoder label2id model_type "
+        "output_attentions output_hidden_states pad_token_id pretraining_tp problem_type qk_head_dim "
+        "quantization_config return_dict seq_aux torch_dtype transformers_version unsloth_fixed use_cache "
+        "chunk_size_feed_forward".split()
+    )
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("deepseek_v3", "kimi_k2")
+
+    @classmethod
+    def from_json(cls, path: Path) -> Self:
+        """Read a `config.json`.
+
+        Raises:
+            ConfigError: no such file, not JSON, another architecture, or a field that is unknown or contradicts.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; a model directory needs a config.json") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: must hold a JSON object")
+        return cls.from_hf(values, source=str(path))
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], source: str = "config") -> Self:
+        """Build from the fields of a Hugging Face config.
+
+        Raises:
+            ConfigError: another architecture, or a field that is unknown or contradicts.
+        """
+        model_type = values.get("model_type", "deepseek_v3")
+        if model_type not in cls.MODEL_TYPES:
+            raise ConfigError(f"{source}: model_type={model_type!r}: must be one of {', '.join(cls.MODEL_TYPES)}")
+        for name, only in cls.FIXED.items():
+            if values.get(name, only) not in (only, None):
+                raise ConfigError(f"{source}: {name}={values[name]!r}: only {only!r} is implemented")
+        fields = {k: v for k, v in values.items() if k not in cls.FIXED and k not in cls.IGNORED}
+        heads, kv_heads = fields.get("num_attention_heads"), fields.pop("num_key_value_heads", None)
+        if kv_heads not in (None, heads):
+            raise ConfigError(
+                f"{source}: num_key_value_heads={kv_heads}: must equal num_attention_heads={heads} "
+                "(MLA has one latent for all heads)"
+            )
+        rope = dict(fields.pop("rope_parameters", None) or fields.pop("rope_scaling", None) or {})
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+        rope.pop("type", None)
+        if kind != "default":
+            fields["rope_scaling"] = {"type": kind, **rope}
+        for name in ("n_group", "topk_group"):  # null means one group in Hugging Face's config
+            if fields.get(name, 1) is None:
+                fields[name] = 1
+        return cls.parse(fields, source)
+
+    def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """Return the fields of a Hugging Face `config.json`, with every key that other engines read.
+
+        transformers drops `topk_method` and `scoring_func`; without them vLLM fails and llama.cpp takes a softmax gate.
+        """
+        fields = self.model_dump(exclude={"rope_scaling"})
+        fields["num_key_value_heads"] = self.num_attention_heads
+        scaling = None if self.rope_scaling is None else self.rope_scaling.model_dump()
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            **fields,
+            "rope_scaling": scaling,
+            **self.FIXED,
+            "torch_dtype": dtype,
+            "use_cache": True,
+        }

@@ -1,0 +1,123 @@
+"""A whole run: model, data, objective, optimizer and schedules, as one frozen object."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from abyssal.config.frozen import Frozen
+from abyssal.config.model import ModelConfig
+from abyssal.config.schedule import Schedule
+
+
+class TokenizerConfig(Frozen):
+    """Where token ids come from: an existing tokenizer.json, or one trained on the corpus."""
+
+    path: str | None = Field(default=None, description="an existing tokenizer.json; none: train one on the corpus")
+    train_bytes: PositiveInt = Field(default=64_000_000, description="at most this much text trains the tokenizer")
+
+
+class DataConfig(Frozen):
+    """Which documents, and which of them are never trained on.
+
+    A document goes to the held-out set where sha256(relative path) mod `split_modulus` is 0, to validation where it
+    is 1, and to training otherwise.
+    """
+
+    corpus: tuple[str, ...] = Field(default=(), description="folders, text files or .jsonl files")
+    suffixes: tuple[str, ...] = Field(default=(".py", ".md", ".txt", ".rst"), description="file names read in folders")
+    exclude: tuple[str, ...] = Field(default=(), description="folder names left out, wherever they stand")
+    text_field: str = Field(default="text", description="the field of a .jsonl line that holds the document")
+    split_modulus: int = Field(default=20, ge=3)
+    on_undecodable: Literal["fail", "skip"] = Field(default="fail", description="a file that is not UTF-8")
+
+
+class TrainConfig(Frozen):
+    """How long and in what portions."""
+
+    tokens: PositiveInt = Field(description="length of the run")
+    time_budget_s: PositiveFloat | None = Field(
+        default=None, description="replaces tokens by what a measurement at the start says this machine can do"
+    )
+    sequence_length: int = Field(ge=8)
+    micro_batch_size: PositiveInt = Field(description="sequences a forward and backward pass")
+    batch_multiple: PositiveInt = Field(default=1, description="the batch ramp is rounded down to a multiple of this")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    threads: NonNegativeInt = Field(default=0, description="0: as many as there are cores")
+    log_every_steps: PositiveInt = 10
+
+
+class OptimizerConfig(Frozen):
+    """AdamW with fp32 master weights. Paper: §4.2; eps is not published."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class ObjectiveConfig(Frozen):
+    """Constants of the training objective that do not change. Paper: §2.1.2 eq. 17."""
+
+    balance_alpha: NonNegativeFloat = 1e-4
+
+
+class ScheduleConfig(Frozen):
+    """What changes with the tokens seen. Paper: §4.2."""
+
+    learning_rate: Schedule
+    batch_size: Schedule = Field(description="sequences a step")
+    bias_update_speed: Schedule = Field(description="gamma of the auxiliary-loss-free balancing")
+    mtp_weight: Schedule = Field(description="lambda of eq. 25")
+
+
+class CheckpointConfig(Frozen):
+    """When the training state is written."""
+
+    every_steps: PositiveInt = 500
+    keep: PositiveInt = Field(default=2, description="the newest this many stay")
+
+
+class EvaluationConfig(Frozen):
+    """When the validation documents are scored."""
+
+    every_steps: PositiveInt = 200
+    max_bytes: PositiveInt | None = Field(default=None, description="score at most this many bytes; none: all")
+
+
+class RunConfig(Frozen):
+    """One run, validated and resolved: what a recipe becomes."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str = ""
+    seed: NonNegativeInt = 0
+    init_from: str | None = Field(default=None, description="a model directory to continue from")
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"train.sequence_length={self.train.sequence_length}: must be at most "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        if self.train.sequence_length <= self.model.num_nextn_predict_layers:
+            raise ValueError(
+                f"train.sequence_length={self.train.sequence_length}: must be larger than "
+                f"model.num_nextn_predict_layers={self.model.num_nextn_predict_layers}"
+            )
+        return self
+
+    def batch_size_at(self, tokens: float) -> int:
+        """Return the sequences of the step that starts after `tokens`: the ramp, rounded down, at least one."""
+        multiple = self.train.batch_multiple
+        return max(multiple, int(self.schedule.batch_size.at(tokens, self.train.tokens)) // multiple * multiple)
