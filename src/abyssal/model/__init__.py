@@ -1,0 +1,18 @@
+"""The network, to be read beside the paper: attention, feed-forward, block, MTP, transformer."""
+
+from abyssal.model.attention import AbsorbedCore, NaiveCore
+from abyssal.model.block import Block
+from abyssal.model.context import Context, LatentCache, RouterStatistics
+from abyssal.model.initialise import initialise
+from abyssal.model.transformer import Transformer
+
+__all__ = [
+    "AbsorbedCore",
+    "Block",
+    "Context",
+    "LatentCache",
+    "NaiveCore",
+    "RouterStatistics",
+    "Transformer",
+    "initialise",
+]

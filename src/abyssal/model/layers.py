@@ -1,0 +1,39 @@
+"""The two smallest modules, which keep their weights in whatever precision they are stored and compute in x's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from abyssal.ops.rms_norm import rms_norm
+
+
+class Linear(nn.Module):
+    """y = x W^T without a bias, computed in x's dtype; the seam where another precision is put in.
+
+    The weight is cast on use, so fp32 master weights train in bf16 and their gradient is accumulated in fp32.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        """Allocate W [out_features, in_features] without filling it; see `initialise`."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        """Allocate the scale [size]."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dim of [..., size]."""
+        return rms_norm(x, self.weight, self.eps)

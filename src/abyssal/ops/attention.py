@@ -1,0 +1,84 @@
+"""Causal attention over packed sequences: keys and values expanded, or absorbed into the latent.
+
+Legend: T packed query tokens, S cached tokens of one sequence, H heads, K query/key dims, V value dim, C latent dim,
+R rotary dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+Attention = Callable[[Tensor, Tensor, Tensor, Sequence[int], float], Tensor]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """The definition: every token attends to itself and what precedes it in its own sequence.
+
+    Args:
+        q: [T, H, K], sequences one after another; k likewise.
+        v: [T, H, V].
+        lengths: tokens of each sequence; their sum is T.
+        scale: multiplies q.k before the softmax.
+
+    Returns:
+        [T, H, V] in v's dtype; scores and softmax in at least fp32.
+
+    Paper: §2.1.1 eq. 10.
+    """
+    outputs = []
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for q_s, k_s, v_s in zip(q.split(list(lengths)), k.split(list(lengths)), v.split(list(lengths)), strict=True):
+        scores = torch.einsum("thd,shd->hts", q_s.to(wide), k_s.to(wide)) * scale  # [H, t, t]
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hts,shv->thv", weights, v_s.to(wide)).to(v.dtype))  # [t, H, V]
+    return torch.cat(outputs)  # [T, H, V]
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """`attention` by torch's fused kernel: one call where all sequences are equally long, otherwise one a sequence.
+
+    v is padded to K dims, since the fused CPU kernel takes only equal head dims.
+    """
+    value_dim = v.shape[-1]
+    if value_dim < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - value_dim))  # [T, H, K]
+    equal = len(set(lengths)) == 1
+    parts = [len(lengths)] if equal else [1] * len(lengths)
+    sizes = [q.shape[0]] if equal else list(lengths)
+    outputs = []
+    for n, q_s, k_s, v_s in zip(parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        q_b, k_b, v_b = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q_s, k_s, v_s))  # [n, H, t, K]
+        o = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=True, scale=scale)
+        outputs.append(o[..., :value_dim].transpose(1, 2).flatten(0, 1))  # [n * t, H, V]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [T, H, V]
+
+
+def latent_attention(
+    q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, scale: float
+) -> Tensor:  # [t, H, C]
+    """Attend over the latent cache itself: all heads share one key of C + R dims and one value of C dims.
+
+    Args:
+        q_latent: [t, H, C], the newest t tokens' queries with W_UK absorbed.
+        q_rope: [t, H, R].
+        c_kv: [S, C], all cached latents of the sequence, the newest t included; k_rope: [S, R] likewise.
+        scale: multiplies the scores before the softmax.
+
+    Returns:
+        [t, H, C], the attended latents, in q's dtype; scores and softmax in at least fp32.
+
+    Paper: §2.1.1 eq. 10, with W_UK and W_UV absorbed into query and output as DeepSeek-V2 describes.
+    """
+    t, s = q_latent.shape[0], c_kv.shape[0]
+    queries = torch.cat((q_latent, q_rope), -1)  # [t, H, C+R]
+    keys = torch.cat((c_kv, k_rope), -1)  # [S, C+R]
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    scores = (queries.flatten(0, 1) @ keys.T).view(t, -1, s).to(wide) * scale  # [t, H, S]
+    future = torch.ones(t, s, dtype=torch.bool, device=c_kv.device).triu(s - t + 1)
+    weights = scores.masked_fill(future[:, None], float("-inf")).softmax(-1).to(c_kv.dtype)
+    return (weights.flatten(0, 1) @ c_kv).view_as(q_latent)

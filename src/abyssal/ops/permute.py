@@ -1,0 +1,69 @@
+"""Rows to experts and back: two permutations, each the other's backward.
+
+Legend: T packed tokens, D hidden, K experts a token, M = T * K rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def expert_order(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the (token, choice) pairs by expert, tokens of one expert in their own order.
+
+    Args:
+        experts: [T, K] indices.
+
+    Returns:
+        order [M]: which pair stands in each sorted row; inverse [M]: in which row each pair stands;
+        counts [E]: rows of each expert.
+    """
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return order, inverse, torch.bincount(flat, minlength=num_experts)
+
+
+def _spread(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
+    return hidden.index_select(0, order // top_k)  # [M, D]
+
+
+def _gather(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    return rows.index_select(0, inverse).view(-1, top_k, rows.shape[-1]).sum(1)  # [T, D]
+
+
+class _ToExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
+        return _spread(hidden, order, top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _gather(grad, ctx.saved_tensors[0], ctx.top_k), None, None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return _gather(rows, inverse, top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _spread(grad, ctx.saved_tensors[0], ctx.top_k), None, None, None
+
+
+def to_experts(hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    """Copy each token's row [T, D] to its K places in expert order: [M, D]."""
+    return _ToExperts.apply(hidden, order, inverse, top_k)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def from_experts(rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    """Add up the K rows of each token: [M, D] -> [T, D]; summed in fp32 inside, rounded once."""
+    return _FromExperts.apply(rows, order, inverse, top_k)  # type: ignore[no-any-return, no-untyped-call]
