@@ -1,0 +1,1 @@
+"""What is kept: training states to resume from, and model directories for everybody."""

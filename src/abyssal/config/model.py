@@ -37,8 +37,8 @@ class RopeScaling(Frozen):
 class ModelConfig(Frozen):
     """Everything that fixes the parameters and the function of one model.
 
-    Field names, meanings and defaults of optional fields are those of Hugging Face's `DeepseekV3Config`.
-    Paper: §4.2 for the values of the 671B model.
+    Field names and meanings are those of Hugging Face's `DeepseekV3Config`. Defaults are the plain choice (one group,
+    no scaling, no dense layer, no MTP); `from_hf` fills in Hugging Face's own. Paper: §4.2 for the 671B model's values.
     """
 
     vocab_size: PositiveInt
@@ -105,7 +105,10 @@ class ModelConfig(Frozen):
                 f"num_hidden_layers={self.num_hidden_layers}",
             ),
             *(
-                (token is None or token < self.vocab_size, f"{name}={token}: must be below vocab_size={self.vocab_size}")
+                (
+                    token is None or token < self.vocab_size,
+                    f"{name}={token}: must be below vocab_size={self.vocab_size}",
+                )
                 for name, token in (("bos_token_id", self.bos_token_id), ("eos_token_id", self.eos_token_id))
             ),
         ]
@@ -134,7 +137,7 @@ class ModelConfig(Frozen):
     @property
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5, times m squared under YaRN. Paper: §2.1.1 eq. 10, §4.3."""
-        scale = self.qk_head_dim**-0.5
+        scale = math.pow(self.qk_head_dim, -0.5)
         if self.rope_scaling is not None:
             scale *= self.rope_scaling.attention_factor(self.rope_scaling.mscale_all_dim) ** 2
         return scale
@@ -156,12 +159,24 @@ class ModelConfig(Frozen):
         "topk_method": "noaux_tc",
     }
     #: Fields that do not change the function we compute; read and left.
+    # fmt: off
     IGNORED: ClassVar[frozenset[str]] = frozenset(
-        "architectures auto_map aux_loss_alpha dtype ep_size head_dim id2label is_encoder_decoder label2id model_type "
-        "output_attentions output_hidden_states pad_token_id pretraining_tp problem_type qk_head_dim "
-        "quantization_config return_dict seq_aux torch_dtype transformers_version unsloth_fixed use_cache "
-        "chunk_size_feed_forward".split()
+        {
+            "architectures", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
+            "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
+            "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim", "quantization_config", "return_dict",
+            "seq_aux", "torch_dtype", "transformers_version", "unsloth_fixed", "use_cache",
+        }
     )
+    # fmt: on
+    #: What Hugging Face takes where a config.json leaves a field out and our default is another.
+    HF_DEFAULTS: ClassVar[dict[str, Any]] = {
+        "first_k_dense_replace": 3,
+        "n_group": 8,
+        "q_lora_rank": 1536,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 4,
+    }
     MODEL_TYPES: ClassVar[tuple[str, ...]] = ("deepseek_v3", "kimi_k2")
 
     @classmethod
@@ -175,6 +190,8 @@ class ModelConfig(Frozen):
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a model directory needs a config.json") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(values, dict):
@@ -183,7 +200,9 @@ class ModelConfig(Frozen):
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], source: str = "config") -> Self:
-        """Build from the fields of a Hugging Face config.
+        """Build from the fields of a Hugging Face config, with its defaults for those left out.
+
+        Only `num_nextn_predict_layers` stays 0 where it is left out: such a directory has no MTP weights.
 
         Raises:
             ConfigError: another architecture, or a field that is unknown or contradicts.
@@ -194,24 +213,28 @@ class ModelConfig(Frozen):
         for name, only in cls.FIXED.items():
             if values.get(name, only) not in (only, None):
                 raise ConfigError(f"{source}: {name}={values[name]!r}: only {only!r} is implemented")
-        fields = {k: v for k, v in values.items() if k not in cls.FIXED and k not in cls.IGNORED}
+        fields = cls.HF_DEFAULTS | {
+            name: value
+            for name, value in values.items()
+            if name not in cls.FIXED and name not in cls.IGNORED and not name.startswith("_")
+        }
         heads, kv_heads = fields.get("num_attention_heads"), fields.pop("num_key_value_heads", None)
         if kv_heads not in (None, heads):
             raise ConfigError(
                 f"{source}: num_key_value_heads={kv_heads}: must equal num_attention_heads={heads} "
                 "(MLA has one latent for all heads)"
             )
-        rope = dict(fields.pop("rope_parameters", None) or fields.pop("rope_scaling", None) or {})
-        if "rope_theta" in rope:
-            fields["rope_theta"] = rope.pop("rope_theta")
-        kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-        rope.pop("type", None)
-        if kind != "default":
-            fields["rope_scaling"] = {"type": kind, **rope}
+        fields |= _read_rope(fields.pop("rope_parameters", None), fields.pop("rope_scaling", None), fields, source)
         for name in ("n_group", "topk_group"):  # null means one group in Hugging Face's config
-            if fields.get(name, 1) is None:
+            if fields[name] is None:
                 fields[name] = 1
-        return cls.parse(fields, source)
+        config = cls.parse(fields, source)
+        if values.get("qk_head_dim") not in (None, config.qk_head_dim):
+            raise ConfigError(
+                f"{source}: qk_head_dim={values['qk_head_dim']}: must be qk_nope_head_dim + qk_rope_head_dim = "
+                f"{config.qk_head_dim}"
+            )
+        return config
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """Return the fields of a Hugging Face `config.json`, with every key that other engines read.
@@ -230,3 +253,33 @@ class ModelConfig(Frozen):
             "torch_dtype": dtype,
             "use_cache": True,
         }
+
+
+def _read_rope(parameters: Any, scaling: Any, fields: dict[str, Any], source: str) -> dict[str, Any]:
+    """Turn both of Hugging Face's spellings into our `rope_theta` and `rope_scaling`.
+
+    Its newer versions write `rope_parameters` with `rope_type` and `rope_theta`; releases have `rope_scaling` with
+    `type`, and `rope_theta` beside it. A file may hold both, but then they must agree.
+    """
+    found: dict[str, Any] = {}
+    for name, values in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: {name}={values!r}: must be an object")
+        rope = dict(values)
+        kinds = {kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None}
+        if len(kinds) > 1:
+            raise ConfigError(f"{source}: {name}: rope_type and type contradict each other: {sorted(kinds)}")
+        read = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
+        kind = kinds.pop() if kinds else "default"
+        if kind != "default":
+            read["rope_scaling"] = {"type": kind, **rope}
+        elif rope:
+            raise ConfigError(f"{source}: {name}: {', '.join(rope)}: without a type these mean nothing; allowed: yarn")
+        for field, value in read.items():
+            known = found.get(field, fields.get(field, value))
+            if known != value:
+                raise ConfigError(f"{source}: {name}: {field}={value!r} contradicts {field}={known!r}")
+        found |= read
+    return found

@@ -17,7 +17,8 @@ Table = dict[str, Any]
 def packaged_recipes() -> list[str]:
     """Return the names of the recipes inside the package, without `base`, which is only extended."""
     folder = resources.files("abyssal.config") / "recipes"
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml") and f.name != "base.toml")
+    names = (file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    return sorted(name for name in names if name != "base")
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -38,7 +39,10 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _resolve(recipe: str, base: Path, seen: tuple[str, ...]) -> Table:
-    """Read a recipe and everything it extends; tables merge, arrays and values replace."""
+    """Read a recipe and everything it extends; tables merge, arrays and values replace.
+
+    Name and description are a recipe's own: a run that inherited the name would write where its base's run stands.
+    """
     text, where, folder = _read(recipe, base)
     if where in seen:
         raise ConfigError(f"{where}: extends itself through {' -> '.join((*seen, where))}")
@@ -53,6 +57,8 @@ def _resolve(recipe: str, base: Path, seen: tuple[str, ...]) -> Table:
     if not (isinstance(unset, list) and all(isinstance(path, str) for path in unset)):
         raise ConfigError(f'{where}: unset={unset!r}: must be a list of fields, such as ["model.q_lora_rank"]')
     merged = {} if parent is None else _resolve(parent, folder, (*seen, where))
+    for own in ("name", "description"):
+        merged.pop(own, None)
     for path in unset:
         _remove(merged, path, where)
     return _merge(merged, table)
@@ -71,7 +77,9 @@ def _read(recipe: str, base: Path) -> tuple[str, str, Path]:
     if not resource.is_file():
         known = packaged_recipes()
         hint = nearest(recipe, known)
-        raise ConfigError(f"{recipe}: no such recipe{hint}; there are {', '.join(known)}, or give a path to a .toml file")
+        raise ConfigError(
+            f"{recipe}: no such recipe{hint}; there are {', '.join(known)}, or give a path to a .toml file"
+        )
     return resource.read_text(encoding="utf-8"), recipe, base
 
 
@@ -88,7 +96,8 @@ def _remove(table: Table, path: str, where: str) -> None:
     """Delete the dotted `path` from an inherited table."""
     *sections, field = path.split(".")
     for section in sections:
-        table = table.get(section, {})
+        inner = table.get(section)
+        table = inner if isinstance(inner, dict) else {}
     if field not in table:
         raise ConfigError(f"{where}: unset {path!r}: the recipe it extends does not set that{nearest(field, table)}")
     del table[field]

@@ -42,7 +42,9 @@ class TrainConfig(Frozen):
     )
     sequence_length: int = Field(ge=8)
     micro_batch_size: PositiveInt = Field(description="sequences a forward and backward pass")
-    batch_multiple: PositiveInt = Field(default=1, description="the batch ramp is rounded down to a multiple of this")
+    batch_multiple: PositiveInt = Field(
+        default=1, description="the batch ramp is rounded to the nearest multiple of this"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     threads: NonNegativeInt = Field(default=0, description="0: as many as there are cores")
     log_every_steps: PositiveInt = 10
@@ -70,6 +72,12 @@ class ScheduleConfig(Frozen):
     batch_size: Schedule = Field(description="sequences a step")
     bias_update_speed: Schedule = Field(description="gamma of the auxiliary-loss-free balancing")
     mtp_weight: Schedule = Field(description="lambda of eq. 25")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size.lowest < 1:
+            raise ValueError(f"batch_size: {self.batch_size.lowest:g} sequences a step: must be at least 1")
+        return self
 
 
 class CheckpointConfig(Frozen):
@@ -118,6 +126,7 @@ class RunConfig(Frozen):
         return self
 
     def batch_size_at(self, tokens: float) -> int:
-        """Return the sequences of the step that starts after `tokens`: the ramp, rounded down, at least one."""
+        """Return the sequences of the step that starts after `tokens`: the ramp's nearest multiple, at least one."""
         multiple = self.train.batch_multiple
-        return max(multiple, int(self.schedule.batch_size.at(tokens, self.train.tokens)) // multiple * multiple)
+        # not rounded down: half a multiple less at every step would be 2% more steps in the published warm-up
+        return max(1, int(self.schedule.batch_size.at(tokens, self.train.tokens) / multiple + 0.5)) * multiple

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from abyssal.config.frozen import Frozen
 
@@ -15,7 +16,7 @@ class Segment(Frozen):
 
     until: PositiveFloat
     shape: Literal["constant", "linear", "cosine"] = "constant"
-    to: float | None = None
+    to: NonNegativeFloat | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -32,16 +33,23 @@ class Schedule(Frozen):
     fraction of the run. After the last segment its end value stays.
     """
 
-    start: float
+    start: NonNegativeFloat
     unit: Literal["tokens", "fraction"] = "tokens"
     segments: tuple[Segment, ...] = Field(default=())
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         ends = [segment.until for segment in self.segments]
-        if any(later <= earlier for earlier, later in zip(ends, ends[1:], strict=False)):
+        if any(later <= earlier for earlier, later in itertools.pairwise(ends)):
             raise ValueError(f"segments: each `until` must be larger than the one before, but they are {ends}")
+        if self.unit == "fraction" and ends and ends[-1] > 1.0:
+            raise ValueError(f"segments: until={ends[-1]:g}: must be at most 1, since unit is fraction")
         return self
+
+    @property
+    def lowest(self) -> float:
+        """The smallest value that the schedule reaches."""
+        return min([self.start, *(segment.to for segment in self.segments if segment.to is not None)])
 
     def at(self, tokens: float, total: float) -> float:
         """Return the value after `tokens` of a run of `total` tokens."""

@@ -1,0 +1,1 @@
+"""The whole life of a small DeepSeek-V3, in one command."""

@@ -1,0 +1,23 @@
+"""From a model directory to a stream of tokens and text, over the latent cache."""
+
+from abyssal.engine.generate import GeneratedToken, generate, new_token_limit, use_latent_cache
+from abyssal.engine.latent_cache import ContiguousLatentCache
+from abyssal.engine.load import LoadedModel, load_model
+from abyssal.engine.sampling import SamplingParameters, sample
+from abyssal.engine.text_stream import Chunk, FinishReason, TextStream, stream_text
+
+__all__ = [
+    "Chunk",
+    "ContiguousLatentCache",
+    "FinishReason",
+    "GeneratedToken",
+    "LoadedModel",
+    "SamplingParameters",
+    "TextStream",
+    "generate",
+    "load_model",
+    "new_token_limit",
+    "sample",
+    "stream_text",
+    "use_latent_cache",
+]

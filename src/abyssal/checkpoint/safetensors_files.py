@@ -1,0 +1,150 @@
+"""The safetensors files of a model directory: what their headers say, and single tensors out of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from abyssal.checkpoint.atomic import os_faults
+from abyssal.errors import ModelDirectoryError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Key and value of a safetensors header that say who wrote the file.
+PRODUCER = {"producer": "abyssal"}
+READABLE = ("F64", "F32", "BF16", "F16")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file's header says of one tensor; `dtype` in safetensors' letters (`BF16`)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Read the headers of all files of a model directory, in the order of the files; no tensor is read.
+
+    Raises:
+        ModelDirectoryError: no safetensors (or pickles in place of them), a file missing, truncated or not safetensors,
+            an index that does not fit its files, or weights of a type that is not read.
+    """
+    with os_faults(ModelDirectoryError, folder, "read the model directory"):
+        files, placed = _files(folder)
+        headers: dict[str, Header] = {}
+        for file in files:
+            for name, header in _file_headers(file).items():
+                if placed is None or placed.get(name, file.name) == file.name:
+                    headers[name] = header
+    for name, place in (placed or {}).items():
+        if name not in headers:
+            raise ModelDirectoryError(f"{folder / INDEX}: says that {name} is in {place}, but it is not")
+    for name, header in headers.items():
+        if name.endswith("weight_scale_inv") or header.dtype.startswith("F8_"):
+            raise ModelDirectoryError(
+                f"{folder}: {name} belongs to FP8 weights, which are not read yet; use a bf16 copy of this model"
+            )
+        if header.dtype not in READABLE:
+            raise ModelDirectoryError(
+                f"{header.file}: {name} has the type {header.dtype}, which is not read; possible: {', '.join(READABLE)}"
+            )
+    return headers
+
+
+class TensorFiles:
+    """Reads single tensors, each file opened (mapped into memory) once and when it is first needed."""
+
+    def __init__(self, headers: Mapping[str, Header]) -> None:
+        """Take what `read_headers` found; no file is opened yet."""
+        self._headers = headers
+        self._open: dict[Path, Any] = {}
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return a tensor as it is in its file; it may share the file's memory, so it must not be written to."""
+        file = self._headers[name].file
+        with os_faults(ModelDirectoryError, file, "read the weights"):
+            if file not in self._open:
+                self._open[file] = _opened(file)
+            tensor: torch.Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+
+def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write one file, with our mark in its header.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    try:
+        save_file(tensors, file, metadata={"format": "pt", **PRODUCER})
+    except SafetensorError as error:  # the library wraps the system's faults into words
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
+
+
+def written_by_us(folder: Path) -> bool:
+    """Whether the weights in `folder` carry our mark."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            return (_opened(file).metadata() or {}).get("producer") == PRODUCER["producer"]
+        except (ModelDirectoryError, OSError):
+            return False
+    return False
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the weight files, and, where there is an index, which file each tensor is in."""
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [folder / SINGLE], None
+        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise ModelDirectoryError(
+                f"{folder}: has weights only as {pickles[0]}, a pickle, which is refused because reading it can run "
+                "code of whoever wrote it; convert it to safetensors"
+            )
+        raise ModelDirectoryError(f"{folder}: no {SINGLE} and no {INDEX}, so there are no weights to read")
+    try:
+        placed = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelDirectoryError(f"{index}: not an index of safetensors files (no JSON with a weight_map)") from None
+    for name in dict.fromkeys(placed.values()):
+        if Path(name).name != name:
+            raise ModelDirectoryError(f"{index}: names {name!r}; a weight file must be in the same folder")
+        if not (folder / name).is_file():
+            raise ModelDirectoryError(f"{folder / name}: no such file, but {INDEX} names it; download it again")
+    return [folder / name for name in sorted(set(placed.values()))], placed
+
+
+def _file_headers(file: Path) -> dict[str, Header]:
+    opened = _opened(file)
+    headers = {}
+    for name in opened.keys():  # noqa: SIM118 - not a mapping
+        part = opened.get_slice(name)
+        headers[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
+    return headers
+
+
+def _opened(file: Path) -> Any:
+    """Open a safetensors file, which compares its header with its length."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        with file.open("rb") as stream:
+            pointer = stream.read(24).startswith(b"version https://git-lfs")
+        if pointer:
+            raise ModelDirectoryError(f"{file}: a Git LFS pointer, not the weights; run git lfs pull") from None
+        raise ModelDirectoryError(f"{file}: truncated, or not a safetensors file ({error})") from None

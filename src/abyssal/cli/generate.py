@@ -1,0 +1,112 @@
+"""`abyssal generate`: continue a prompt with a model directory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from abyssal.errors import DataError
+
+if TYPE_CHECKING:
+    from abyssal.engine import FinishReason, SamplingParameters
+    from abyssal.engine.generation_config import GenerationDefaults
+
+Model = Annotated[Path, typer.Argument(help="Model directory: config.json, safetensors, tokenizer.json.")]
+Prompt = Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens to add.", show_default="the model's, else 128")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Divides the logits; 0 takes the likeliest token.", show_default="the model's, else 0.6"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Smallest set of tokens with this probability.", show_default="the model's, else 0.95"),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="The likeliest so many tokens; 0 is all.", show_default="the model's, else 0")
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default="a new one")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")]
+DType = Annotated[str, typer.Option(help="auto (16 bits if stored so), float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>.")]
+Bos = Annotated[bool, typer.Option("--bos/--no-bos", help="Whether the prompt starts with the BOS token.")]
+
+
+def generate(
+    model: Model,
+    *,
+    prompt: Prompt,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    dtype: DType = "auto",
+    device: Device = "cpu",
+    bos: Bos = True,
+) -> None:
+    """Continue a prompt, streaming the text to standard output and a summary to standard error."""
+    from abyssal.engine import SamplingParameters, load_model, new_token_limit, stream_text
+
+    asked = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    SamplingParameters(**given)  # type: ignore[arg-type] # refuse a bad option before minutes of loading
+    text = _standard_input() if prompt == "-" else prompt
+    loaded = load_model(model, dtype=dtype, device=device)
+    parameters = _with_defaults(loaded.defaults, given)
+    prompt_ids = loaded.encode_prompt(text, bos=bos)
+    limit = new_token_limit(loaded.config, len(prompt_ids), parameters.max_new_tokens)
+    if limit < parameters.max_new_tokens:
+        typer.echo(
+            f"note: max_new_tokens={parameters.max_new_tokens}: only {limit} tokens fit behind a prompt of "
+            f"{len(prompt_ids)} (max_position_embeddings={loaded.config.max_position_embeddings})",
+            err=True,
+        )
+    times = [time.perf_counter()]
+    for chunk in stream_text(loaded, prompt_ids, parameters):
+        typer.echo(chunk.text, nl=False)  # flushes
+        times.append(time.perf_counter())
+    if sys.stdout.isatty():
+        typer.echo(err=True)  # the text need not end its line
+    typer.echo(_summary(len(prompt_ids), times, chunk.finish_reason), err=True)
+
+
+def _with_defaults(defaults: GenerationDefaults, given: Mapping[str, object]) -> SamplingParameters:
+    """Return what was given, with the model's own values for the rest, and say what of those is not followed."""
+    from dataclasses import replace
+
+    for note in defaults.notes:
+        typer.echo(f"note: {note}", err=True)
+    return replace(defaults.parameters, **given)  # type: ignore[arg-type]
+
+
+def _standard_input() -> str:
+    """Return all of standard input, which must be UTF-8."""
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input: byte {error.start} is not UTF-8; convert the text first") from None
+
+
+def _summary(prompt_tokens: int, times: list[float], reason: FinishReason | None) -> str:
+    """Return one line on what was generated; `times` [s] are the start's and those of each new token."""
+    new = len(times) - 1
+    rate = f" at {(new - 1) / (times[-1] - times[1]):.1f} tokens/s" if new > 1 else ""
+    ends = {"eos": "the model's end token", "stop": "a stop string", "length": "its length", None: "nothing"}
+    return (
+        f"{prompt_tokens} prompt tokens in {times[1] - times[0]:.2f} s, {new} new tokens{rate}; ended by {ends[reason]}"
+    )

@@ -1,0 +1,100 @@
+"""Tokens as tensors: batches to train on, documents to be scored. Shapes: B sequences, S targets a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abyssal.data.order import WindowOrder
+from abyssal.data.shards import Shards
+from abyssal.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences of S+1 tokens: the first S are inputs, the last S targets."""
+
+    tokens: Tensor  # [B, S+1] int64
+    first_sequence: int  # which sequence of the run row 0 is
+
+
+def count_windows(shards: Shards, sequence_length: int) -> int:
+    """Return how many windows of `sequence_length`+1 tokens, each one token into the next, the split has.
+
+    Raises:
+        DataError: not one.
+    """
+    windows = (len(shards.tokens) - 1) // sequence_length
+    if windows < 1:
+        raise DataError(
+            f"{shards.folder}: has {len(shards.tokens)} training tokens, but train.sequence_length={sequence_length} "
+            f"needs at least {sequence_length + 1}; give more text, or make sequences shorter"
+        )
+    return windows
+
+
+class BatchLoader:
+    """Cuts the stream of training documents into windows and hands them out in the run's order.
+
+    Documents are packed: a window starts and ends anywhere, and attention crosses their borders. Paper: §4.1.
+    """
+
+    def __init__(self, shards: Shards, order: WindowOrder, sequence_length: int) -> None:
+        """Take the training split and an order of its windows.
+
+        Raises:
+            DataError: the split is shorter than one window, or `order` was made for another number of them.
+        """
+        windows = count_windows(shards, sequence_length)
+        if order.windows != windows:
+            raise DataError(f"{shards.folder}: has {windows} windows, but the order was made for {order.windows}")
+        self._shards = shards
+        self._order = order
+        self._sequence_length = sequence_length
+
+    def batch(self, first_sequence: int, size: int) -> Batch:
+        """Return the `size` sequences of the run from `first_sequence` on, skipped ones not counted."""
+        return Batch(torch.stack([self._sequence(first_sequence + row) for row in range(size)]), first_sequence)
+
+    def _sequence(self, n: int) -> Tensor:
+        """Return the n-th sequence of the run, [S+1]."""
+        start = self._order.window(self._order.effective(n)) * self._sequence_length
+        return torch.from_numpy(self._shards.tokens[start : start + self._sequence_length + 1])
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSequence:
+    """A slice of one document to be scored: token i+1 is predicted from tokens 0 to i of this slice."""
+
+    tokens: Tensor  # [n+1] int64, 1 <= n <= S
+    document: int
+    num_bytes: int  # of the document's text, with its first slice; 0 with the others
+
+
+def evaluation_sequences(
+    shards: Shards, sequence_length: int, max_bytes: int | None = None
+) -> Iterator[EvaluationSequence]:
+    """Yield slices in which every token of a document after BOS, EOS included, is a target exactly once.
+
+    A document longer than S goes on in further slices, whose first token is the last of the slice before. The bits
+    per byte of a split are the nats of all targets / ln 2 / the bytes of all slices.
+
+    Args:
+        shards: the split.
+        sequence_length: S, the targets of a slice at most.
+        max_bytes: whole documents are taken, in order, as long as they come to no more than this; but at least one.
+    """
+    total = 0
+    for document in range(shards.documents):
+        num_bytes = shards.document_bytes(document)
+        total += num_bytes
+        if max_bytes is not None and document > 0 and total > max_bytes:
+            return
+        tokens = torch.from_numpy(shards.document(document))
+        for start in range(0, len(tokens) - 1, sequence_length):
+            yield EvaluationSequence(
+                tokens[start : start + sequence_length + 1], document, num_bytes if start == 0 else 0
+            )

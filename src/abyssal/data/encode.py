@@ -1,0 +1,142 @@
+"""Documents to shards, by several processes; the bytes written do not depend on how many."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from abyssal.config.run import DataConfig
+from abyssal.data.corpus import DocumentRef, SplitName, UndecodableError, read_document
+from abyssal.data.manifest import Shard
+from abyssal.data.shards import token_dtype, write_shard
+from abyssal.errors import DataError
+from abyssal.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """Which documents become one shard."""
+
+    split: SplitName
+    name: str
+    documents: tuple[DocumentRef, ...]
+
+    @property
+    def size(self) -> int:
+        """The bytes of these documents on disk."""
+        return sum(ref.size for ref in self.documents)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenShard:
+    """What became of a plan."""
+
+    plan: ShardPlan
+    shard: Shard
+    dropped: Counter[str]  # by the field names of `Dropped`
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentReader:
+    """Reads documents under the recipe's rules; says why one is left out."""
+
+    config: DataConfig
+    protected: frozenset[bytes] = frozenset()  # digests of the validation and held-out documents
+
+    def read(self, ref: DocumentRef, split: SplitName) -> tuple[str, str | None]:
+        """Return the text and None, or an empty text and why the document is left out.
+
+        Raises:
+            DataError: it cannot be read, or is not UTF-8 and the recipe does not say to skip such documents.
+        """
+        try:
+            text = read_document(ref, self.config.text_field)
+        except UndecodableError:
+            if self.config.on_undecodable == "fail":
+                raise
+            return "", "undecodable"
+        if not text:
+            return "", "empty"
+        if split == "train" and digest(text) in self.protected:
+            return "", "duplicate"
+        return text, None
+
+
+def digest(text: str) -> bytes:
+    """Return what two documents share only if they are equal."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+@dataclass(frozen=True)
+class ShardEncoder:
+    """Everything that a process needs to turn plans into shards."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    reader: DocumentReader
+
+    def write(self, plan: ShardPlan) -> WrittenShard:
+        """Write one shard: every document as BOS, text, EOS.
+
+        Raises:
+            DataError: a document cannot be read, or the shard not be written.
+        """
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        documents, num_bytes, dropped = [], [], Counter[str]()
+        for ref in plan.documents:
+            text, reason = self.reader.read(ref, plan.split)
+            if reason:
+                dropped[reason] += 1
+                continue
+            documents.append(np.array([bos, *self.tokenizer.encode_document(text), eos], dtype))
+            num_bytes.append(len(text.encode()))
+        return WrittenShard(plan, write_shard(self.folder / plan.name, documents, num_bytes, dtype), dropped)
+
+
+def write_shards(encoder: ShardEncoder, plans: Sequence[ShardPlan], workers: int) -> Iterator[WrittenShard]:
+    """Write the shards with `workers` processes, and yield each in the order of `plans` when it is there.
+
+    Raises:
+        DataError: a document cannot be read, a shard not be written, or a process was killed.
+    """
+    if workers == 1 or len(plans) <= 1:
+        yield from map(encoder.write, plans)
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(plans)),
+        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy the tokenizer's threads in mid-air
+        initializer=_start_worker,
+        initargs=(encoder,),
+    )
+    try:
+        yield from pool.map(_write, plans)
+    except BrokenProcessPool:
+        raise DataError(
+            f"workers={workers}: one of the processes was killed, perhaps for want of memory; try fewer"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+#: Set once in each worker process and never in this one: the pool hands a task its arguments anew each time, and the
+#: tokenizer is too large for that.
+_worker: list[ShardEncoder] = []
+
+
+def _start_worker(encoder: ShardEncoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process: the processes fill the machine
+    _worker.append(encoder)
+
+
+def _write(plan: ShardPlan) -> WrittenShard:
+    return _worker[0].write(plan)

@@ -1,0 +1,114 @@
+"""`manifest.json`: what a data folder holds and from what it was made. It is written last: without it, unfinished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import NonNegativeInt, ValidationError
+
+from abyssal.config.frozen import Frozen
+from abyssal.data.corpus import SplitName
+from abyssal.data.whole_file import sync_folder, whole_file
+from abyssal.errors import DataError
+
+NAME = "manifest.json"
+
+
+class ShardFile(Frozen):
+    """One file, and how to tell that it is still what was written."""
+
+    name: str
+    size: NonNegativeInt  # bytes
+    sha256: str
+
+
+class Shard(Frozen):
+    """A run of documents in three files."""
+
+    documents: NonNegativeInt
+    tokens: NonNegativeInt  # BOS and EOS included
+    bytes: NonNegativeInt  # UTF-8 bytes of the documents' text
+    token_file: ShardFile
+    document_file: ShardFile
+    byte_file: ShardFile
+
+    @property
+    def files(self) -> tuple[ShardFile, ...]:
+        """The three files."""
+        return self.token_file, self.document_file, self.byte_file
+
+
+class Split(Frozen):
+    """The shards of one split in order, and their sums."""
+
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, shards: Iterable[Shard]) -> Self:
+        """Add up `shards`."""
+        shards = tuple(shards)
+        return cls(
+            documents=sum(shard.documents for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            bytes=sum(shard.bytes for shard in shards),
+            shards=shards,
+        )
+
+
+class Dropped(Frozen):
+    """How many documents were left out, and why."""
+
+    empty: NonNegativeInt = 0
+    undecodable: NonNegativeInt = 0
+    duplicate: NonNegativeInt = 0  # training documents equal to one of validation or held-out
+
+
+class Manifest(Frozen):
+    """A data folder."""
+
+    version: Literal[1] = 1
+    tokenizer: str  # its fingerprint
+    dtype: Literal["uint16", "uint32"]  # of the tokens
+    dropped: Dropped
+    splits: dict[SplitName, Split]
+    inputs: dict[str, Any]  # everything the bytes of the shards depend on
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of a data folder.
+
+        Raises:
+            DataError: there is none, or it is damaged.
+        """
+        path = folder / NAME
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; the data was not prepared, or not to the end") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            field = ".".join(map(str, fault["loc"]))
+            raise DataError(f"{path}: damaged ({field or 'JSON'}: {fault['msg']}); {again(folder)}") from None
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest, after which the folder counts as whole.
+
+        Raises:
+            DataError: the disk is full, or the file cannot be written.
+        """
+        sync_folder(folder)  # the shards first
+        with whole_file(folder / NAME) as file:
+            file.write(self.model_dump_json(indent=1).encode())
+        sync_folder(folder)
+
+
+def again(folder: Path) -> str:
+    """Return what to do about a damaged data folder."""
+    return f"delete {folder} and prepare the data again"

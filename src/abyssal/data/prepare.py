@@ -1,0 +1,241 @@
+"""From a recipe's corpus to a data folder: find, split, tokenize, write."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from abyssal.config.run import DataConfig, TokenizerConfig
+from abyssal.data import manifest as manifests
+from abyssal.data.corpus import DocumentRef, SplitName, find_documents, split_of
+from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, WrittenShard, digest, write_shards
+from abyssal.data.manifest import Dropped, Manifest, Split
+from abyssal.data.shards import Shards, token_dtype
+from abyssal.data.whole_file import PARTIAL, whole_file
+from abyssal.errors import DataError
+from abyssal.text.chat_template import write_tokenizer_config
+from abyssal.text.tokenizer import Tokenizer
+
+#: A shard holds 1/64 of the corpus, so that many processes share the work evenly, but neither less nor more than this.
+SHARDS_PER_CORPUS = 64
+SHARD_BYTES = (1 << 20, 1 << 28)
+
+Documents = dict[SplitName, list[DocumentRef]]
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: TokenizerConfig,
+    vocab_size: int,
+    out: Path,
+    *,
+    seed: int,
+    workers: int = 1,
+    progress: bool = False,
+) -> Manifest:
+    """Make the data folder `out`: `tokenizer.json` and the shards of every split; the manifest last.
+
+    The bytes of the shards are a function of the corpus, the recipe and `seed`, not of `workers`. A folder that was
+    prepared from the same inputs is checked and used as it is.
+
+    Args:
+        config: the corpus and its splits.
+        tokenizer: which tokenizer, or how to train one on the training documents.
+        vocab_size: of the model; no token id reaches it.
+        out: the folder; made if absent.
+        seed: of the order of the documents.
+        workers: processes that tokenize.
+        progress: whether to draw bars on standard error.
+
+    Raises:
+        DataError: the corpus is missing, empty or damaged, the tokenizer does not fit, the disk is full, or `out`
+            was prepared from other inputs.
+    """
+    references = find_documents(config)
+    loaded = None if tokenizer.path is None else _load_tokenizer(Path(tokenizer.path), vocab_size)
+    inputs = {
+        "data": config.model_dump(mode="json"),
+        "tokenizer": tokenizer.model_dump(mode="json") | {"fingerprint": loaded and loaded.fingerprint},
+        "vocab_size": vocab_size,
+        "seed": seed,
+        "corpus": _listing(references),
+    }
+    with _bars(progress) as bars:
+        if (out / manifests.NAME).exists():
+            return _reuse(out, inputs, bars)
+        _make_empty(out)
+        documents = _in_order(references, config.split_modulus, seed)
+        reader = _protect(documents, DocumentReader(config), bars)
+        if loaded is None:
+            loaded = _train_tokenizer(documents["train"], reader, tokenizer.train_bytes, vocab_size, bars)
+        with whole_file(out / "tokenizer.json") as file:
+            file.write(loaded.to_json().encode())
+        write_tokenizer_config(out, loaded)
+        written = _write(ShardEncoder(out, loaded, reader), documents, workers, bars)
+    manifest = Manifest(
+        tokenizer=loaded.fingerprint,
+        dtype=token_dtype(loaded.vocab_size),
+        dropped=Dropped(**sum((result.dropped for result in written), Counter[str]())),
+        splits={
+            split: Split.of(result.shard for result in written if result.plan.split == split) for split in documents
+        },
+        inputs=inputs,
+    )
+    if manifest.splits["train"].documents == 0:
+        raise DataError(
+            f"data.corpus={list(config.corpus)}: none of its {len(references)} documents is left for training; "
+            "give more, or raise data.split_modulus"
+        )
+    manifest.write(out)
+    return manifest
+
+
+def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Load a tokenizer, all of whose ids the model must have."""
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size}: must be at least {tokenizer.vocab_size}, "
+            f"for the ids of tokenizer.path={str(path)!r}"
+        )
+    return tokenizer
+
+
+def _listing(references: list[DocumentRef]) -> str:
+    """Return a digest that changes when a document is added, removed, renamed or edited."""
+    changed = {path: path.stat().st_mtime_ns for path in {ref.path for ref in references}}
+    lines = hashlib.sha256()
+    for ref in references:
+        lines.update(f"{ref.key}\0{ref.size}\0{changed[ref.path]}\n".encode(errors="surrogateescape"))
+    return lines.hexdigest()
+
+
+def _reuse(out: Path, inputs: dict[str, Any], bars: Progress) -> Manifest:
+    """Return the manifest of a folder that was prepared from the same inputs and is still whole."""
+    manifest = Manifest.read(out)
+    before, now = _flat(manifest.inputs), _flat(inputs)
+    for field in sorted(before.keys() | now.keys()):
+        if before.get(field) != now.get(field):
+            what = (
+                "from other documents: files were added, removed or edited since"
+                if field == "corpus"
+                else f"with {field}={before.get(field)!r}, not {now.get(field)!r}"
+            )
+            raise DataError(f"{out}: was prepared {what}; choose another folder or delete this one")
+    if Tokenizer.load(out).fingerprint != manifest.tokenizer:
+        raise DataError(f"{out / 'tokenizer.json'}: not the tokenizer of these shards; {manifests.again(out)}")
+    sizes = {split: sum(f.size for shard in s.shards for f in shard.files) for split, s in manifest.splits.items()}
+    task = bars.add_task("Checking", total=sum(sizes.values()))
+    for split, size in sizes.items():
+        Shards.open(out, split).verify()
+        bars.advance(task, size)
+    return manifest
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _make_empty(out: Path) -> None:
+    """Make the folder, or take what an interrupted preparation left in it away."""
+    ours = re.compile(rf"(train|validation|heldout)-\d+\.\w+\.npy({PARTIAL})?|{manifests.NAME}{PARTIAL}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir():
+            if ours.fullmatch(path.name):
+                path.unlink()
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _in_order(references: list[DocumentRef], modulus: int, seed: int) -> Documents:
+    """Return the documents of each split in the order of sha256(seed, key)."""
+
+    def place(ref: DocumentRef) -> bytes:
+        return hashlib.sha256(f"{seed}:{ref.key}".encode(errors="surrogateescape")).digest()
+
+    documents: Documents = {"train": [], "validation": [], "heldout": []}
+    for ref in sorted(references, key=place):
+        documents[split_of(ref.key, modulus)].append(ref)
+    return documents
+
+
+def _protect(documents: Documents, reader: DocumentReader, bars: Progress) -> DocumentReader:
+    """Return a reader that leaves out training documents equal to one that is only to be tested on."""
+    protected: set[bytes] = set()
+    tested = documents["validation"] + documents["heldout"]
+    task = bars.add_task("Held-out documents", total=sum(ref.size for ref in tested))
+    for ref in tested:
+        protected.add(digest(reader.read(ref, "heldout")[0]))
+        bars.advance(task, ref.size)
+    return DocumentReader(reader.config, frozenset(protected))
+
+
+def _train_tokenizer(
+    documents: list[DocumentRef], reader: DocumentReader, train_bytes: int, vocab_size: int, bars: Progress
+) -> Tokenizer:
+    """Train a tokenizer on the first `train_bytes` of the training documents, which stand in random order."""
+    task = bars.add_task("Tokenizer", total=min(train_bytes, sum(ref.size for ref in documents)))
+
+    def texts() -> Iterator[str]:
+        left = train_bytes
+        for ref in documents:
+            content = reader.read(ref, "train")[0].encode()[:left]
+            yield content.decode(errors="ignore")  # the last one may end inside a character
+            bars.advance(task, len(content))
+            left -= len(content)
+            if left == 0:
+                return
+
+    return Tokenizer.train(texts(), vocab_size)
+
+
+def _write(encoder: ShardEncoder, documents: Documents, workers: int, bars: Progress) -> list[WrittenShard]:
+    """Write the shards of all splits."""
+    total = sum(ref.size for references in documents.values() for ref in references)
+    least, most = SHARD_BYTES
+    shard_bytes = min(max(total // SHARDS_PER_CORPUS, least), most)
+    plans = [plan for split, references in documents.items() for plan in _plans(split, references, shard_bytes)]
+    task = bars.add_task("Shards", total=total)
+    written = []
+    for result in write_shards(encoder, plans, workers):
+        bars.advance(task, result.plan.size)
+        written.append(result)
+    return written
+
+
+def _plans(split: SplitName, references: list[DocumentRef], shard_bytes: int) -> Iterator[ShardPlan]:
+    """Cut a split into shards; each ends with the document that fills it up."""
+    number, size, taken = 0, 0, list[DocumentRef]()
+    for ref in references:
+        taken.append(ref)
+        size += ref.size
+        if size >= shard_bytes:
+            yield ShardPlan(split, f"{split}-{number:05d}", tuple(taken))
+            number, size, taken = number + 1, 0, []
+    if taken:
+        yield ShardPlan(split, f"{split}-{number:05d}", tuple(taken))
+
+
+def _bars(shown: bool) -> Progress:
+    """Return progress bars with what is done, the rate and the time left."""
+    return Progress(
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+        disable=not shown,
+    )

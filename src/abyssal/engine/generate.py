@@ -1,0 +1,135 @@
+"""One prompt to tokens: the prompt through the model in a few passes, then token by token over the latent cache.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abyssal.config import ModelConfig
+from abyssal.engine.latent_cache import ContiguousLatentCache
+from abyssal.engine.sampling import SamplingParameters, sample
+from abyssal.errors import ModelDirectoryError, UsageError
+from abyssal.model import AbsorbedCore, Transformer
+
+#: Prompt tokens a pass takes: enough for full matrix products, while its scores [tokens, H, S] stay small.
+PREFILL_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """A token and its log-probability under the model itself: before temperature, top-k and top-p."""
+
+    id: int
+    logprob: float
+
+
+def use_latent_cache(model: Transformer) -> None:
+    """Let the main layers of `model` attend over the latent cache of their context; changes the model in place."""
+    for number, layer in enumerate(model.model.layers[: model.config.num_hidden_layers]):
+        layer.self_attn.core = AbsorbedCore(model.config, number)  # type: ignore[union-attr]
+
+
+def new_token_limit(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> int:
+    """Return how many tokens can follow a prompt: `max_new_tokens`, or fewer where the context ends before.
+
+    Raises:
+        UsageError: the prompt leaves no room for a single one.
+    """
+    room = config.max_position_embeddings - prompt_tokens
+    if room < 1:
+        raise UsageError(
+            f"prompt: has {prompt_tokens} tokens, but the model can attend to {config.max_position_embeddings}, "
+            f"one of them new, so at most {config.max_position_embeddings - 1} are possible; shorten it"
+        )
+    return min(max_new_tokens, room)
+
+
+def generate(
+    model: Transformer, prompt_ids: Sequence[int], parameters: SamplingParameters, eos_ids: Collection[int] = ()
+) -> Iterator[GeneratedToken]:
+    """Yield the tokens that follow a prompt, each as soon as it is chosen.
+
+    The last one is the first of `eos_ids` that comes up, or the one with which `new_token_limit` is reached. Stop
+    strings are not looked at here, since they are a matter of text. Each call has a cache of its own, so several may
+    run by turns on one model. The same seed gives the same tokens.
+
+    Args:
+        model: prepared by `use_latent_cache`; not changed.
+        prompt_ids: at least one token.
+        parameters: see there.
+        eos_ids: tokens that end the text.
+
+    Raises:
+        UsageError: when called: an empty or too long prompt, or an id that the model does not have.
+        ModelDirectoryError: while iterating: the logits are not finite.
+    """
+    if not prompt_ids:
+        raise UsageError("prompt: has no tokens; give some text, or let it start with the BOS token")
+    vocab_size = model.config.vocab_size
+    for token in (min(prompt_ids), max(prompt_ids)):
+        if not 0 <= token < vocab_size:
+            raise UsageError(f"prompt: token id {token} is not one of the model's, 0 to {vocab_size - 1}")
+    limit = new_token_limit(model.config, len(prompt_ids), parameters.max_new_tokens)
+    return _continue(model, prompt_ids, parameters, frozenset(eos_ids), limit)
+
+
+def _continue(
+    model: Transformer, prompt_ids: Sequence[int], parameters: SamplingParameters, eos_ids: frozenset[int], limit: int
+) -> Iterator[GeneratedToken]:
+    """Yield up to `limit` tokens; see `generate`."""
+    device = model.head_weight.device
+    capacity = len(prompt_ids) + limit - 1  # the last token is never fed back
+    cache = ContiguousLatentCache(model.config, capacity, dtype=model.compute_dtype, device=device)
+    generator = parameters.generator()
+    pending = torch.tensor(prompt_ids, device=device)
+    for _ in range(limit):
+        token = choose(next_logits(model, pending, cache), parameters, generator)
+        yield token
+        if token.id in eos_ids:
+            return
+        pending = torch.tensor([token.id], device=device)
+
+
+@torch.inference_mode()
+def next_logits(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache) -> Tensor:
+    """Run new tokens through the model and return the logits of what follows the last one.
+
+    Args:
+        model: prepared by `use_latent_cache`.
+        tokens: ids [t], taken in passes of `PREFILL_TOKENS`.
+        cache: of one sequence; grows by t.
+
+    Returns:
+        [V], the output head being applied to the last token only.
+    """
+    expected = cache.lengths[0] + len(tokens)
+    for part in tokens.split(PREFILL_TOKENS):
+        hidden = model(part, cache.begin((len(part),)))  # [t, D]
+    if cache.lengths[0] != expected:  # another core attends to the new tokens alone, and nobody would notice
+        raise RuntimeError("the model's layers do not write to the latent cache; call use_latent_cache(model) first")
+    return model.logits(hidden[-1])  # [V]
+
+
+@torch.inference_mode()
+def choose(logits: Tensor, parameters: SamplingParameters, generator: torch.Generator) -> GeneratedToken:
+    """Sample from logits [V] and return the token with its log-probability, taken in at least fp32.
+
+    Raises:
+        ModelDirectoryError: the logits are not finite.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser = float(wide.logsumexp(-1))
+    if not math.isfinite(normaliser):
+        raise ModelDirectoryError(
+            f"the model's logits are not finite (log of their sum: {normaliser}): its weights are damaged, "
+            f"or {str(logits.dtype).removeprefix('torch.')} is too narrow for them; try dtype=float32 or another copy"
+        )
+    token = sample(wide, parameters, generator)
+    return GeneratedToken(token, float(wide[token]) - normaliser)

@@ -1,0 +1,23 @@
+"""How many optimizer steps a number of tokens is, with a batch that grows during the run."""
+
+from __future__ import annotations
+
+import math
+
+from abyssal.config import RunConfig
+
+
+def count_steps(run: RunConfig, tokens: float | None = None) -> int:
+    """Return the optimizer steps that see the first `tokens` of the run; without it, the whole run.
+
+    The batch ramp is walked step by step, and what follows it is divided. The last step may reach past the end.
+    """
+    end = float(run.train.tokens if tokens is None else tokens)
+    schedule = run.schedule.batch_size
+    unit = run.train.tokens if schedule.unit == "fraction" else 1.0
+    ramp_end = min(end, schedule.segments[-1].until * unit if schedule.segments else 0.0)
+    steps, seen = 0, 0
+    while seen < ramp_end:
+        seen += run.batch_size_at(seen) * run.train.sequence_length
+        steps += 1
+    return steps + max(0, math.ceil((end - seen) / (run.batch_size_at(seen) * run.train.sequence_length)))

@@ -1,0 +1,72 @@
+"""The end of every run: a model directory that other tools open."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.config import RunConfig
+from abyssal.model import Transformer
+from abyssal.plan import count_parameters
+from abyssal.text.chat_template import write_tokenizer_config
+from abyssal.text.tokenizer import Tokenizer
+from abyssal.train.evaluation import Score
+from abyssal.train.progress import Progress
+
+
+def export_model(
+    path: Path, model: Transformer, config: RunConfig, progress: Progress, *, tokenizer: Path, score: Score | None
+) -> None:
+    """Write the weights, in the run's compute dtype, as a Hugging Face `deepseek_v3` directory.
+
+    Args:
+        tokenizer: the folder whose tokenizer.json goes along.
+        score: the last validation, for the model card.
+    """
+
+    def write_tokenizer(folder: Path) -> None:
+        shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
+        loaded = Tokenizer.load(folder / "tokenizer.json")
+        write_tokenizer_config(folder, loaded, config.model.max_position_embeddings)
+
+    dtype = torch.float32 if model.compute_dtype == torch.float64 else model.compute_dtype
+    write_model_directory(
+        path,
+        config.model,
+        model.state_dict().items(),
+        dtype=dtype,
+        tokenizer_files=write_tokenizer,
+        card=model_card(config, progress, score),
+    )
+
+
+def model_card(config: RunConfig, progress: Progress, score: Score | None) -> str:
+    """Return the README.md of a model directory: what it is, how it was made, what was measured."""
+    count = count_parameters(config.model)
+    measured = (
+        "not measured"
+        if score is None
+        else f"{score.bits_per_byte:.4f} bits per byte on {score.bytes:,} bytes of validation documents"
+    )
+    return f"""---
+library_name: abyssal
+pipeline_tag: text-generation
+---
+# {config.name}
+
+{config.description}
+
+| | |
+|---|---|
+| architecture | DeepSeek-V3 (`deepseek_v3`): MLA, DeepSeekMoE, {config.model.num_nextn_predict_layers} MTP module(s) |
+| parameters | {count.total:,}, of which {count.activated:,} activated a token |
+| trained on | {progress.tokens:,} tokens in {progress.step:,} steps of {config.train.sequence_length}-token sequences |
+| validation | {measured} |
+| compute dtype | {config.train.compute_dtype} |
+| seed | {config.seed} |
+
+Made with Abyssal. The output is what so small a model learned in that time: it may be wrong, and it repeats its data.
+"""

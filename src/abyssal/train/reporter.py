@@ -1,0 +1,114 @@
+"""What a person sees of a run, and what metrics.jsonl keeps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from abyssal.train.evaluation import Score
+from abyssal.train.progress import Progress
+from abyssal.train.run_folder import RunFolder
+from abyssal.train.step import StepResult
+
+COLUMNS = ("step", "loss", "mtp", "val bpb", "grad", "lr", "MaxVio", "tok/s", "MFU", "left")
+WIDTHS = (7, 7, 7, 8, 7, 9, 7, 8, 6, 8)
+
+
+class Reporter:
+    """Prints a line every `every` steps under a progress bar, and writes every step to the metrics."""
+
+    def __init__(self, console: Console, folder: RunFolder, begin: Progress, total_tokens: int, every: int) -> None:
+        """Report on a run that goes from `begin` to `total_tokens`."""
+        self.console, self.folder, self.every, self.total_tokens = console, folder, every, total_tokens
+        self.flops_per_token, self.peak_flops = 0.0, 0.0
+        self.last_score: Score | None = None
+        self._since, self._tokens_since, self._excluded = time.perf_counter(), begin.tokens, 0.0
+        self._rate = 0.0
+        self._bar = Bar(
+            TextColumn("[bold]training"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>5.1f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("training", total=total_tokens, completed=begin.tokens)
+
+    def __enter__(self) -> Self:
+        """Print the heading and start the bar."""
+        self.console.print(
+            "".join(name.rjust(width) for name, width in zip(COLUMNS, WIDTHS, strict=True)), style="bold"
+        )
+        self._bar.start()
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def step(self, progress: Progress, result: StepResult) -> None:
+        """Record one step; `progress` is the one after it."""
+        self._bar.update(self._task, completed=progress.tokens)
+        due = progress.step % self.every == 0 or progress.step == 1 or progress.tokens >= self.total_tokens
+        if due:
+            self._measure_rate(progress)
+        record = {**progress.to_json(), **asdict(result)}
+        if due:
+            record |= {"tokens_per_s": round(self._rate, 1), "mfu": round(self._mfu, 4)}
+            self._print_line(progress, result)
+        self.folder.append_metrics(record)
+
+    def score(self, progress: Progress, score: Score, seconds: float) -> None:
+        """Record a validation, whose `seconds` do not count as training time."""
+        self.last_score = score
+        self._excluded += seconds
+        self.folder.append_metrics(
+            {**progress.to_json(), "validation_bits_per_byte": score.bits_per_byte, "validation_loss": score.loss}
+        )
+
+    def exclude(self, seconds: float) -> None:
+        """Leave `seconds` (of writing a checkpoint, say) out of the training rate."""
+        self._excluded += seconds
+
+    @property
+    def _mfu(self) -> float:
+        return self._rate * self.flops_per_token / self.peak_flops if self.peak_flops else 0.0
+
+    def _measure_rate(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        elapsed = now - self._since - self._excluded
+        self._rate = (progress.tokens - self._tokens_since) / max(elapsed, 1e-9)
+        self._since, self._tokens_since, self._excluded = now, progress.tokens, 0.0
+
+    def _print_line(self, progress: Progress, result: StepResult) -> None:
+        left = max(self.total_tokens - progress.tokens, 0) / max(self._rate, 1e-9)
+        minutes, seconds = divmod(round(left), 60)
+        cells = (
+            f"{progress.step}",
+            f"{result.loss:.3f}",
+            f"{result.mtp_losses[0]:.3f}" if result.mtp_losses else "-",
+            f"{self.last_score.bits_per_byte:.3f}" if self.last_score else "-",
+            f"{result.gradient_norm:.2f}",
+            f"{result.learning_rate:.1e}",
+            f"{result.max_violation:.2f}",
+            f"{self._rate:,.0f}",
+            f"{self._mfu:.1%}",
+            f"{minutes}:{seconds:02d}",
+        )
+        self._print_row(cells)
+
+    def _print_row(self, cells: tuple[str, ...], style: str | None = None) -> None:
+        row = "".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
+        self.console.print(row, style=style, highlight=False)

@@ -1,0 +1,98 @@
+"""The folder of one run: resolved recipe, data, metrics, training states, model directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from abyssal.checkpoint.atomic import os_faults, write_text
+from abyssal.config import RunConfig, load_recipe
+from abyssal.errors import CheckpointError, UsageError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where each thing of a run stands."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, with what this machine decided filled in."""
+        return self.path / "recipe.toml"
+
+    @property
+    def data(self) -> Path:
+        """Tokenizer and shards."""
+        return self.path / "data"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: a step, or a validation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def states(self) -> Path:
+        """Training states."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The model directory that the run ends with."""
+        return self.path / "model"
+
+    def begin(self, config: RunConfig) -> None:
+        """Store the resolved recipe of a new run.
+
+        Raises:
+            UsageError: a run stands here already.
+            CheckpointError: the folder cannot be written.
+        """
+        if self.recipe.exists():
+            raise UsageError(
+                f"{self.path}: there is a run here already; --resume continues it, or choose another --out"
+            )
+        with os_faults(CheckpointError, self.path, "start a run here"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.recipe, tomli_w.dumps(config.model_dump(exclude_none=True)))
+
+    def resolved_config(self) -> RunConfig:
+        """Return the recipe that the run was started with.
+
+        Raises:
+            UsageError: no run here.
+            ConfigError: the stored recipe was changed and does not hold any more.
+        """
+        if not self.recipe.is_file():
+            raise UsageError(f"{self.path}: no run to resume here (it has no recipe.toml)")
+        return load_recipe(str(self.recipe))
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which a resumed run makes again; a line cut short is dropped too."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["step"] <= step:
+                kept.append(line)
+        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line to the metrics.
+
+        Raises:
+            CheckpointError: the disk refused; earlier lines stay.
+        """
+        with (
+            os_faults(CheckpointError, self.metrics, "write metrics"),
+            self.metrics.open("a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,102 @@
+"""What happens before the first step: decide by measurement what the recipe leaves open, and build the model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from abyssal.checkpoint.model_directory import load_into, read_model_directory
+from abyssal.config import ModelConfig, RunConfig
+from abyssal.errors import ConfigError
+from abyssal.machine.describe import available_cores
+from abyssal.machine.probe import choose_compute_dtype, measure
+from abyssal.model import Transformer, initialise
+from abyssal.ops.kernels import FAST
+from abyssal.train.optimizer import build_optimizer
+from abyssal.train.step import train_step
+
+WARM_UP_STEPS = 2  # the first steps allocate memory and let the matrix library choose its code
+TIMED_STEPS = 3
+
+
+def build_model(config: RunConfig, device: torch.device) -> Transformer:
+    """Build the model of a run, with fp32 (or fp64) master weights on `device`.
+
+    Everything that changes how the model runs is applied here, in this order.
+    """
+    dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
+    with torch.device("meta"):
+        model = Transformer(config.model, FAST, compute_dtype=dtype)
+    model.to(torch.promote_types(dtype, torch.float32))
+    model.to_empty(device=device)
+    initialise(model, config.seed)
+    if config.init_from is not None:
+        _continue_from(model, Path(config.init_from), config.model)
+    return model
+
+
+def _continue_from(model: Transformer, path: Path, wanted: ModelConfig) -> None:
+    """Replace the initial weights by those of a model directory; MTP modules it lacks keep their initial ones."""
+    found, reader = read_model_directory(path)
+    free = {"max_position_embeddings", "rope_scaling", "initializer_range", "num_nextn_predict_layers"}
+    ours, theirs = (config.model_dump(exclude=free) for config in (wanted, found))
+    different = [f"{name}={ours[name]!r} (there {theirs[name]!r})" for name in ours if ours[name] != theirs[name]]
+    if different:
+        raise ConfigError(f"init_from={str(path)!r}: the recipe's model has another shape: {', '.join(different)}")
+    load_into(model, reader, allow_missing_mtp=True)
+
+
+def decide(config: RunConfig, device: torch.device) -> tuple[RunConfig, list[str]]:
+    """Fill in what the recipe leaves to the machine: compute dtype, threads, and tokens where a time is given.
+
+    Returns:
+        The resolved config, which gives the same run wherever it is used again, and a sentence for each decision.
+    """
+    threads = config.train.threads or available_cores()
+    torch.set_num_threads(threads)
+    updates: dict[str, object] = {"threads": threads}
+    sentences = [f"threads: {threads}"]
+    if config.train.compute_dtype == "auto":
+        choice = choose_compute_dtype(measure(device=device.type))
+        updates["compute_dtype"] = str(choice.dtype).removeprefix("torch.")
+        sentences.append(choice.reason)
+    config = _with_train(config, updates)
+    if config.train.time_budget_s is not None:
+        seconds = seconds_per_step(config, device)
+        batch_tokens = config.batch_size_at(0) * config.train.sequence_length
+        steps = max(1, int(config.train.time_budget_s / seconds))
+        config = _with_train(config, {"tokens": steps * batch_tokens, "time_budget_s": None})
+        sentences.append(
+            f"tokens: {steps * batch_tokens:,} in {steps:,} steps, since a step of {batch_tokens:,} tokens "
+            f"takes {seconds:.2f} s"
+        )
+    return config, sentences
+
+
+def _with_train(config: RunConfig, updates: dict[str, object]) -> RunConfig:
+    values = config.model_dump()
+    values["train"].update(updates)
+    return RunConfig.parse(values, source=config.name)
+
+
+def seconds_per_step(config: RunConfig, device: torch.device) -> float:
+    """Time a training step of the first batch's size on random tokens, with a model of its own."""
+    model = build_model(config.model_copy(update={"init_from": None}), device)
+    optimizer = build_optimizer(model, config.optimizer)
+    shape = (config.batch_size_at(0), config.train.sequence_length + 1)
+    windows = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    times = []
+    for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+        begin = time.perf_counter()
+        train_step(model, optimizer, windows, config, tokens_seen=0)
+        times.append(time.perf_counter() - begin)
+    return sum(times[WARM_UP_STEPS:]) / TIMED_STEPS
+
+
+def peak_flops(config: RunConfig, device: torch.device) -> float:
+    """Return the measured matmul peak of the compute dtype, FLOP/s, which MFU is stated against."""
+    dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
+    measured = torch.float32 if dtype == torch.float64 else dtype
+    return measure([measured], device=device.type).gflops[measured] * 1e9

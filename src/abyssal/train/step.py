@@ -1,0 +1,82 @@
+"""One optimizer step.
+
+Legend: B sequences, S positions each, E routed experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abyssal.config import RunConfig
+from abyssal.errors import TrainingError
+from abyssal.model import Transformer
+from abyssal.train.balancing import add_loads, max_violation, update_biases
+from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
+from abyssal.train.optimizer import clip_gradients, set_learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured; losses in nats a token."""
+
+    loss: float
+    mtp_losses: tuple[float, ...]
+    balance_loss: float  # mean over MoE layers and sequences, 1 at perfect balance
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    max_violation: float
+    expert_load: dict[int, list[int]]  # layer -> tokens sent to each expert
+
+
+def train_step(
+    model: Transformer, optimizer: torch.optim.Optimizer, windows: Tensor, config: RunConfig, tokens_seen: int
+) -> StepResult:
+    """Accumulate the batch's gradients, clip, update the weights, then the balancing biases.
+
+    Args:
+        windows: [B, S + 1] token ids, the whole batch.
+        tokens_seen: before this step; the schedules are functions of it.
+
+    Raises:
+        TrainingError: the loss or the gradient norm is not finite; weights, moments and biases are as before.
+    """
+    total_tokens, schedule = config.train.tokens, config.schedule
+    learning_rate = schedule.learning_rate.at(tokens_seen, total_tokens)
+    sequences, positions = windows.shape[0], windows.shape[1] - 1
+    weights = ObjectiveWeights(
+        tokens=sequences * positions,
+        sequences=sequences,
+        mtp=schedule.mtp_weight.at(tokens_seen, total_tokens),
+        balance=config.objective.balance_alpha,
+    )
+    main, mtp = torch.zeros(()), [torch.zeros(()) for _ in model.mtp_modules]
+    loads: dict[int, Tensor] = {}
+    balance: list[Tensor] = []
+    optimizer.zero_grad(set_to_none=True)
+    for micro_batch in windows.split(config.train.micro_batch_size):
+        part = micro_batch_loss(model, micro_batch, weights)
+        part.total.backward()
+        main = main + part.main.cpu()
+        mtp = [a + b.cpu() for a, b in zip(mtp, part.mtp, strict=True)]
+        add_loads(loads, part.statistics.expert_load)
+        balance += [value.cpu() for value in part.statistics.balance_loss.values()]
+    norm = clip_gradients(model, config.optimizer.max_grad_norm).item()
+    loss = main.item() / weights.tokens
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(f"loss {loss} and gradient norm {norm} must be finite; this update was not applied")
+    set_learning_rate(optimizer, learning_rate)
+    optimizer.step()
+    update_biases(model, loads, schedule.bias_update_speed.at(tokens_seen, total_tokens))
+    return StepResult(
+        loss=loss,
+        mtp_losses=tuple(value.item() / weights.tokens for value in mtp),
+        balance_loss=torch.stack(balance).mean().item() if balance else 0.0,
+        gradient_norm=norm,
+        learning_rate=learning_rate,
+        max_violation=max_violation(loads),
+        expert_load={layer: load.tolist() for layer, load in loads.items()},
+    )

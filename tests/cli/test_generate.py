@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.cli.main import main
+from abyssal.config import ModelConfig
+from abyssal.engine import SamplingParameters, load_model, stream_text
+from abyssal.model import Transformer, initialise
+from abyssal.text.chat_template import write_tokenizer_config
+from abyssal.text.tokenizer import Tokenizer
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_config: ModelConfig) -> Path:
+    """A model directory of random numbers that asks for temperature 0.9."""
+    tokenizer = Tokenizer.train(["def f(x):\n    return x * x\n"] * 3, 290)
+    config = tiny_config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+
+    def tokenizer_files(staging: Path) -> None:
+        tokenizer.save(staging / "tokenizer.json")
+        write_tokenizer_config(staging, tokenizer, config.max_position_embeddings)
+
+    write_model_directory(
+        tmp_path / "model",
+        config,
+        initialise(Transformer(config), 5).state_dict().items(),
+        dtype=torch.float32,
+        tokenizer_files=tokenizer_files,
+        card="A model of random numbers.\n",
+        generation={"temperature": 0.9},
+    )
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def continuation(folder: Path) -> Callable[..., str]:
+    """Return what the engine itself makes of a prompt."""
+    loaded = load_model(folder)
+
+    def text(prompt: str, parameters: SamplingParameters, *, bos: bool = True) -> str:
+        return "".join(chunk.text for chunk in stream_text(loaded, loaded.encode_prompt(prompt, bos=bos), parameters))
+
+    return text
+
+
+def give_input(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+
+
+def test_nothing_but_the_text_is_on_standard_output_and_a_summary_on_the_other(
+    folder: Path, continuation: Callable[..., str], capsys: Capture
+) -> None:
+    assert main(["generate", str(folder), "--prompt", "def f", "--temperature", "0", "--max-new-tokens", "9"]) == 0
+    out, err = capsys.readouterr()
+    assert out == continuation("def f", SamplingParameters(9, temperature=0))
+    summary = r"\d+ prompt tokens in \d+\.\d\d s, 9 new tokens at \d+\.\d tokens/s; ended by its length\n"
+    assert re.fullmatch(summary, err)
+
+
+def test_every_option_reaches_the_sampling(folder: Path, continuation: Callable[..., str], capsys: Capture) -> None:
+    parameters = SamplingParameters(25, temperature=1.7, top_p=0.8, top_k=40, seed=3)
+    text = continuation("x", parameters, bos=False)
+    stop = (text[8:10], text[14:15])
+    options = (
+        "--max-new-tokens 25 --temperature 1.7 --top-p 0.8 --top-k 40 --seed 3 --no-bos --dtype float32 --device cpu"
+    )
+    stops = [word for string in stop for word in ("--stop", string)]
+    assert main(["generate", str(folder), "--prompt", "x", *options.split(), *stops]) == 0
+    out, err = capsys.readouterr()
+    assert out == text[: min(text.index(string) for string in stop)]
+    assert err.endswith("ended by a stop string\n")
+
+
+def test_what_is_not_given_comes_from_the_model_directory(
+    folder: Path, continuation: Callable[..., str], capsys: Capture
+) -> None:
+    assert main(["generate", str(folder), "--prompt", "x", "--seed", "7"]) == 0
+    out, err = capsys.readouterr()
+    assert out == continuation("x", SamplingParameters(128, temperature=0.9, seed=7))
+    assert out != continuation("x", SamplingParameters(128, seed=7))
+    room = 64 - 2
+    assert err.startswith(
+        f"note: max_new_tokens=128: only {room} tokens fit behind a prompt of 2 (max_position_embeddings=64)\n"
+    )
+
+
+def test_a_dash_reads_the_prompt_from_standard_input_as_utf8(
+    folder: Path, continuation: Callable[..., str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_input(monkeypatch, "# naïve\n".encode())
+    assert main(["generate", str(folder), "--prompt", "-", "--temperature", "0", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == continuation("# naïve\n", SamplingParameters(5, temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (["--prompt", "x", "--temperature", "-1"], 2, "temperature=-1.0: must be a number of at least 0"),
+        (["--prompt", "x", "--top-p", "0"], 2, "top_p=0.0: must be above 0"),
+        (["--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens=0: must be a whole number, at least 1"),
+        (["--prompt", "x", "--stop", ""], 2, "stop=('',): must be a tuple of strings, none of them empty"),
+        (["--prompt", "x", "--dtype", "float16"], 2, "dtype=float16: must be one of auto"),
+        (["--prompt", "x", "--device", "tpu"], 2, "device=tpu: must be cpu"),
+        (["--prompt", "", "--no-bos"], 2, "prompt: has no tokens"),
+        (["--prompt", "x" * 64], 2, "prompt: has 65 tokens"),
+        ([], 2, "Missing option '--prompt'"),
+        (["--prompt", "-"], 1, "standard input: byte 1 is not UTF-8"),
+    ],
+    ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else None,
+)
+def test_bad_input_ends_in_one_sentence_and_its_exit_code(
+    folder: Path, options: list[str], code: int, sentence: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_input(monkeypatch, b"a\xff")
+    assert main(["generate", str(folder), *options]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+
+
+def test_a_bad_option_is_refused_before_the_model_is_read(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x", "--top-k", "-2"]) == 2
+    assert "top_k=-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.json", "model.safetensors"])
+def test_an_incomplete_model_directory_is_a_failure(folder: Path, lost: str, capsys: Capture) -> None:
+    (folder / lost).unlink()
+    assert main(["generate", str(folder), "--prompt", "x"]) == 1
+    assert lost in capsys.readouterr().err

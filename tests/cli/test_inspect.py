@@ -1,0 +1,155 @@
+"""`abyssal inspect` and `abyssal recipes`."""
+
+import json
+
+import pytest
+
+from abyssal.cli.inspect import describe_schedule
+from abyssal.cli.main import main
+from abyssal.cli.numbers import byte_size, short
+from abyssal.config import Schedule, Segment, load_recipe, packaged_recipes
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Run the command line in this process on a wide terminal: exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "240")
+
+    def call(*arguments):
+        code = main(arguments)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    fields = load_recipe("v3_16b").model.to_hf()
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    return str(tmp_path)
+
+
+def test_a_recipe_is_shown_with_the_published_figures(run):
+    code, out, err = run("inspect", "v3_671b")
+    assert (code, err) == (0, "")
+    for figure in (
+        "671,026,419,200",
+        "37,552,297,472",
+        "11,610,068,224",
+        "671B parameters, 37.55B activated a token",
+        "684.5B with the MTP modules",
+        "260.6B FLOPs a token at length 4,096; without MTP 250.5B (attention counted as not causal: 281.2B)",
+        "70,272 bytes a token in bfloat16; 287.8 MB for the whole context of 4,096",
+        "14.8T tokens in 242,785 steps of 12.58M to 62.91M tokens; sequences of 4,096",
+        "0, linear to 0.00022 at 28.1B, constant until 10T, cosine to 2.2e-05 at 14.3T",
+        "3072, linear to 15360 at 469B",
+    ):
+        assert figure in out
+
+
+def test_json_has_every_figure_exact(run):
+    code, out, _ = run("inspect", "v3_671b", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["name"] == "v3_671b"
+    assert facts["parameters"]["release"] == 684_489_845_504
+    assert sum(facts["parameters"]["parts"]["main"].values()) == facts["parameters"]["total"] == 671_026_419_200
+    assert facts["cache_bytes_per_token"] == 70_272
+    assert facts["flops_per_token"]["training_without_mtp"] == pytest.approx(250e9, rel=0.01)
+    assert facts["run"]["steps"] == 242_785
+    assert facts["run"]["schedule"]["batch_size"]["start"] == 3072
+
+
+def test_a_model_directory_needs_only_its_config(run, model_dir):
+    code, out, _ = run("inspect", model_dir)
+    assert code == 0
+    assert "15,706,485,888" in out
+    assert "steps of" not in out
+    facts = json.loads(run("inspect", model_dir, "--json")[1])
+    assert "run" not in facts
+    assert facts["parameters"] == json.loads(run("inspect", "v3_16b", "--json")[1])["parameters"]
+
+
+def test_set_changes_the_recipe(run):
+    facts = [
+        json.loads(run("inspect", "demo", "--json", *changes)[1])
+        for changes in ([], ["--set", "model.vocab_size=8192", "--set", "train.tokens=8192"])
+    ]
+    plain, changed = (f["parameters"]["parts"]["main"]["embedding"] for f in facts)
+    assert changed == 2 * plain
+    assert facts[1]["run"]["steps"] == 1
+
+
+def test_a_run_with_a_time_budget_says_so(run):
+    assert "what fits into 480 s on this machine" in run("inspect", "demo")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["demmo"], "error: demmo: no such recipe; nearest: demo"),
+        (["gone/model"], "gone/model: cannot read this recipe (No such file or directory)"),
+        (["demo", "--set", "model.n_group=3"], "error: demo: model.n_group=3: must divide n_routed_experts=8"),
+    ],
+)
+def test_a_wrong_target_is_a_sentence_and_exit_code_2(run, arguments, sentence):
+    code, out, err = run("inspect", *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
+def test_a_folder_without_a_config_is_refused(run, tmp_path):
+    code, _, err = run("inspect", str(tmp_path))
+    assert code == 2
+    assert err == f"error: {tmp_path / 'config.json'}: no such file; a model directory needs a config.json\n"
+
+
+def test_a_model_directory_cannot_be_overridden(run, model_dir):
+    code, _, err = run("inspect", model_dir, "--set", "model.n_group=2")
+    assert code == 2
+    assert "only a recipe can be changed" in err
+
+
+def test_recipes_lists_every_recipe_with_its_size(run):
+    code, out, _ = run("recipes")
+    lines = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert code == 0
+    assert list(lines) == packaged_recipes()
+    assert lines["v3_671b"].split()[1:4] == ["671B", "682.6B", "37.55B"]
+    assert "11M parameters" in lines["demo"]
+
+
+def test_a_schedule_in_words():
+    schedule = Schedule(
+        start=0.5,
+        unit="fraction",
+        segments=(
+            Segment(until=0.1, shape="linear", to=2),
+            Segment(until=0.25),
+            Segment(until=0.5, shape="constant", to=1),
+            Segment(until=1, shape="cosine", to=0),
+        ),
+    )
+    assert describe_schedule(schedule) == (
+        "0.5, linear to 2 at 10% of the run, constant until 25% of the run, 1 until 50% of the run, "
+        "cosine to 0 at 100% of the run"
+    )
+    assert describe_schedule(Schedule(start=3)) == "3"
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "size"),
+    [
+        (0, "0", "0 B"),
+        (640, "640", "640 B"),
+        (999.9, "999.9", "999.9 B"),
+        (999.99, "1K", "1 kB"),
+        (70_272, "70.27K", "70.27 kB"),
+        (2.5e6, "2.5M", "2.5 MB"),
+        (684_489_845_504, "684.5B", "684.5 GB"),
+        (14.8e12, "14.8T", "14.8 TB"),
+    ],
+)
+def test_numbers_for_people(value, text, size):
+    assert short(value) == text
+    assert byte_size(value) == size

@@ -1,0 +1,37 @@
+"""What a forward pass is told beside its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from abyssal.model import Context
+
+
+def test_packed_positions_restart_with_every_sequence() -> None:
+    ctx = Context.packed([3, 1, 2])
+    assert ctx.lengths == (3, 1, 2)
+    assert ctx.positions.tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_shortened_drops_the_last_tokens_of_every_sequence() -> None:
+    ctx = Context.packed((4, 3)).with_rotary(torch.arange(7.0)[:, None], -torch.arange(7.0)[:, None])
+    shorter, kept = ctx.shortened(2)
+    assert shorter.lengths == (2, 1)
+    assert kept.tolist() == [0, 1, 4]
+    assert shorter.positions.tolist() == [0, 1, 0]
+    assert shorter.rotary is not None
+    assert shorter.rotary[0].flatten().tolist() == [0.0, 1.0, 4.0]
+    assert shorter.rotary[1].flatten().tolist() == [0.0, -1.0, -4.0]
+
+
+def test_shortened_keeps_positions_that_do_not_start_at_zero() -> None:
+    shorter, _ = Context((3, 2), torch.tensor([7, 8, 9, 4, 5])).shortened(1)
+    assert shorter.positions.tolist() == [7, 8, 4]
+
+
+def test_the_context_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Context.packed((2,)).balance_weight = 1.0  # type: ignore[misc]

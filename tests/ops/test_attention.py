@@ -1,0 +1,105 @@
+"""Attention against a loop over tokens and heads, and its fast version against it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from abyssal.ops.attention import Attention, attention, latent_attention, sdpa_attention
+
+LENGTHS = [(7,), (4, 4, 4), (1, 5, 3), (2, 1), (1, 1, 1)]
+WIDTHS = [(6, 3), (5, 5), (4, 7)]  # (query/key dims, value dims)
+HEADS = 2
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """Eq. 10, one query of one head at a time."""
+    rows = []
+    start = 0
+    for length in lengths:
+        for t in range(start, start + length):
+            heads = []
+            for i in range(q.shape[1]):
+                scores = [scale * (q[t, i] * k[j, i]).sum() for j in range(start, t + 1)]
+                largest = max(s.item() for s in scores)
+                exponentials = [torch.exp(s - largest) for s in scores]
+                total = sum(exponentials[1:], exponentials[0])
+                parts = [e / total * v[j, i] for e, j in zip(exponentials, range(start, t + 1), strict=True)]
+                heads.append(sum(parts[1:], parts[0]))
+            rows.append(torch.stack(heads))
+        start += length
+    return torch.stack(rows)
+
+
+def draw(seed: int, tokens: int, widths: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key_dims, value_dims = widths
+    q, k = (torch.randn(tokens, HEADS, key_dims, dtype=torch.float64, generator=generator) for _ in range(2))
+    v, coefficients = (torch.randn(tokens, HEADS, value_dims, dtype=torch.float64, generator=generator) for _ in "vc")
+    return q, k, v, coefficients
+
+
+def run(
+    kernel: Attention, inputs: tuple[Tensor, Tensor, Tensor, Tensor], lengths: tuple[int, ...], dtype: torch.dtype
+) -> list[Tensor]:
+    """Return the output and the three gradients, in float64."""
+    *leaves, coefficients = (x.to(dtype) for x in inputs)
+    q, k, v = (x.requires_grad_() for x in leaves)
+    out = kernel(q, k, v, lengths, 1 / math.sqrt(q.shape[-1] + 1))
+    assert out.dtype == dtype
+    gradients = torch.autograd.grad((out * coefficients).sum(), (q, k, v))
+    assert all(g.dtype == dtype for g in gradients)
+    return [x.detach().double() for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("kernel", [attention, sdpa_attention])
+def test_attention_equals_the_definition(kernel: Attention, widths: tuple[int, int], lengths: tuple[int, ...]) -> None:
+    inputs = draw(sum(lengths) + widths[0], sum(lengths), widths)
+    expected = run(by_hand, inputs, lengths, torch.float64)  # type: ignore[arg-type]
+    for actual, oracle in zip(run(kernel, inputs, lengths, torch.float64), expected, strict=True):
+        torch.testing.assert_close(actual, oracle, rtol=1e-9, atol=1e-9)
+
+
+# bf16 keeps 8 bits; the products of this size add a few roundings of 2^-9 each
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("lengths", [(33,), (8, 8, 8), (3, 17, 9)], ids=str)
+@pytest.mark.parametrize("kernel", [attention, sdpa_attention])
+def test_lower_precision_is_within_tolerance(
+    kernel: Attention, lengths: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    inputs = tuple(x.to(dtype).double() for x in draw(5, sum(lengths), (24, 16)))
+    exact = run(attention, inputs, lengths, torch.float64)  # type: ignore[arg-type]
+    for actual, oracle in zip(run(kernel, inputs, lengths, dtype), exact, strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(actual, oracle, rtol=0, atol=tolerance * oracle.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", [attention, sdpa_attention])
+def test_large_scores_do_not_overflow(kernel: Attention) -> None:
+    q, k, v, _ = draw(1, 6, (4, 3))
+    out = kernel(1e3 * q, 1e3 * k, v, (6,), 1.0)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("new", "cached"), [(1, 1), (1, 9), (4, 4), (3, 8)])
+@pytest.mark.parametrize("seed", range(3), ids="seed{}".format)
+def test_latent_attention_equals_the_definition(seed: int, new: int, cached: int) -> None:
+    heads, latent, rope, scale = 3, 5, 2, 0.37
+    generator = torch.Generator().manual_seed(seed)
+    q_latent = torch.randn(new, heads, latent, dtype=torch.float64, generator=generator)
+    q_rope = torch.randn(new, heads, rope, dtype=torch.float64, generator=generator)
+    c_kv = torch.randn(cached, latent, dtype=torch.float64, generator=generator)
+    k_rope = torch.randn(cached, rope, dtype=torch.float64, generator=generator)
+    out = latent_attention(q_latent, q_rope, c_kv, k_rope, scale)
+    assert out.shape == (new, heads, latent)
+    for t in range(new):
+        seen = cached - new + t + 1  # the newest token sees everything, the one before all but it
+        for i in range(heads):
+            scores = [scale * (float(q_latent[t, i] @ c_kv[j]) + float(q_rope[t, i] @ k_rope[j])) for j in range(seen)]
+            shares = [math.exp(s - max(scores)) for s in scores]
+            expected = sum(share / sum(shares) * c_kv[j] for j, share in enumerate(shares))
+            torch.testing.assert_close(out[t, i], expected, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,109 @@
+"""The routed experts against a loop over rows, and their fast version against it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from abyssal.ops.experts import Experts, expert_ffn, segmented_expert_ffn
+
+HIDDEN, WIDTH = 5, 3
+COUNTS = [(4, 2, 1, 3), (0, 6, 0, 1, 0), (0, 0, 9), (7,), (2, 0), (0, 0)]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def by_hand(rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """g * W_down (silu(W_gate x) * W_up x), one row at a time; eq. 12."""
+    width = down.shape[2]
+    owners = [expert for expert, n in enumerate(counts.tolist()) for _ in range(n)]
+    outputs = []
+    for row, expert in enumerate(owners):
+        gate = gate_up[expert, :width] @ rows[row]
+        up = gate_up[expert, width:] @ rows[row]
+        outputs.append(weights[row] * (down[expert] @ (gate / (1 + torch.exp(-gate)) * up)))
+    return torch.stack(outputs) if outputs else rows * 0
+
+
+def draw(seed: int, counts: tuple[int, ...], hidden: int = HIDDEN, width: int = WIDTH) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    rows, total = len(counts), sum(counts)
+    weights = torch.rand(total, dtype=torch.float64, generator=generator)
+    inputs = (normal(total, hidden), weights, normal(rows, 2 * width, hidden), normal(rows, hidden, width))
+    return (*inputs, normal(total, hidden))
+
+
+def run(kernel: Experts, inputs: Inputs, counts: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Return the output and the gradients of rows, weights, gate_up and down, in float64.
+
+    Routing weights are at least fp32; the expert weights too, as in training with fp32 masters.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    rows, weights, gate_up, down, coefficients = inputs
+    leaves = [rows.to(dtype), weights.to(wide), gate_up.to(wide), down.to(wide)]
+    rows, weights, gate_up, down = (x.detach().requires_grad_() for x in leaves)
+    out = kernel(rows, weights, torch.tensor(counts), gate_up, down)
+    assert out.dtype == dtype
+    gradients = torch.autograd.grad((out * coefficients.to(dtype)).sum(), (rows, weights, gate_up, down))
+    for leaf, gradient in zip((rows, weights, gate_up, down), gradients, strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert gradient.shape == leaf.shape
+    return [x.detach().double() for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("kernel", [expert_ffn, segmented_expert_ffn])
+def test_experts_equal_the_definition(kernel: Experts, counts: tuple[int, ...]) -> None:
+    inputs = draw(sum(counts) + len(counts), counts)
+    actual = run(kernel, inputs, counts, torch.float64)
+    expected = run(by_hand, inputs, counts, torch.float64) if sum(counts) else [torch.zeros_like(x) for x in actual]
+    for value, oracle in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, oracle, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("counts", COUNTS[:3], ids=str)
+def test_segmented_gradient_equals_finite_differences(counts: tuple[int, ...]) -> None:
+    rows, weights, gate_up, down, _ = (x.requires_grad_() for x in draw(11, counts))
+    assert torch.autograd.gradcheck(
+        lambda x, w, a, b: segmented_expert_ffn(x, w, torch.tensor(counts), a, b), (rows, weights, gate_up, down)
+    )
+
+
+# bf16 keeps 8 bits, and the hidden activation is rounded once more before down_proj
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("kernel", [expert_ffn, segmented_expert_ffn])
+def test_lower_precision_is_within_tolerance(kernel: Experts, dtype: torch.dtype, tolerance: float) -> None:
+    counts = (9, 0, 13, 1)
+    rows, weights, gate_up, down, coefficients = draw(3, counts, hidden=24, width=17)
+    inputs = (rows.to(dtype), weights, gate_up.to(dtype), down.to(dtype), coefficients.to(dtype))
+    rounded = tuple(x.double() for x in inputs)
+    exact = run(expert_ffn, rounded, counts, torch.float64)  # type: ignore[arg-type]
+    for actual, oracle in zip(run(kernel, rounded, counts, dtype), exact, strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(actual, oracle, rtol=0, atol=tolerance * oracle.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", [expert_ffn, segmented_expert_ffn])
+def test_experts_without_rows_get_a_zero_gradient(kernel: Experts) -> None:
+    counts = (0, 3, 0)
+    _, _, _, d_gate_up, d_down = run(kernel, draw(2, counts), counts, torch.float64)
+    for gradient in (d_gate_up, d_down):
+        assert torch.equal(gradient[0], torch.zeros_like(gradient[0]))
+        assert torch.equal(gradient[2], torch.zeros_like(gradient[2]))
+        assert gradient[1].abs().max() > 0
+
+
+def test_segmented_experts_accept_rows_and_gradients_that_are_not_contiguous() -> None:
+    counts = (3, 2)
+    rows, weights, gate_up, down, coefficients = draw(7, counts)
+    outputs = []
+    for kernel in (expert_ffn, segmented_expert_ffn):
+        leaf = rows.T.contiguous().requires_grad_()  # [D, M]
+        out = kernel(leaf.T, weights, torch.tensor(counts), gate_up, down)
+        (out.T @ coefficients).sum().backward()
+        outputs.append((out.detach(), leaf.grad))
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,90 @@
+"""One optimizer step: what it changes, and what it leaves alone when something is wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from abyssal.config import ModelConfig, RunConfig, load_recipe
+from abyssal.errors import TrainingError
+from abyssal.model import Transformer, initialise
+from abyssal.ops.kernels import FAST
+from abyssal.train.optimizer import build_optimizer, clip_gradients
+from abyssal.train.step import train_step
+
+
+@pytest.fixture
+def config(tiny_config: ModelConfig) -> RunConfig:
+    demo = load_recipe("demo", ["train.tokens=4000", "train.sequence_length=12", "train.micro_batch_size=2"])
+    return demo.model_copy(update={"model": tiny_config})
+
+
+def build(config: RunConfig) -> tuple[Transformer, torch.optim.AdamW]:
+    model = initialise(Transformer(config.model, FAST), seed=2)
+    return model, build_optimizer(model, config.optimizer)
+
+
+def test_loss_falls_when_the_same_batch_comes_again(config: RunConfig) -> None:
+    model, optimizer = build(config)
+    windows = torch.randint(97, (4, 13))
+    losses = [train_step(model, optimizer, windows, config, tokens_seen=400).loss for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_step_does_not_depend_on_the_size_of_micro_batches(config: RunConfig) -> None:
+    windows = torch.randint(97, (5, 13))
+    results, weights = [], []
+    for size in (1, 5):
+        model, optimizer = build(config)
+        sized = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
+        results.append(train_step(model, optimizer, windows, sized, tokens_seen=400))
+        weights.append(model.lm_head.weight.detach().clone())
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+    assert results[0].gradient_norm == pytest.approx(results[1].gradient_norm, rel=1e-4)
+    assert results[0].expert_load == results[1].expert_load
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-4)
+
+
+def test_load_counts_every_choice_once_mtp_module_included(config: RunConfig) -> None:
+    model, optimizer = build(config)
+    result = train_step(model, optimizer, torch.randint(97, (4, 13)), config, tokens_seen=400)
+    assert {layer: sum(load) for layer, load in result.expert_load.items()} == {
+        1: 4 * 12 * 2,
+        2: 4 * 12 * 2,
+        3: 4 * 11 * 2,
+    }
+
+
+def test_non_finite_gradient_leaves_weights_moments_and_biases(config: RunConfig) -> None:
+    model, optimizer = build(config)
+    windows = torch.randint(97, (4, 13))
+    train_step(model, optimizer, windows, config, tokens_seen=400)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    hook = model.lm_head.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(TrainingError, match="must be finite"):
+        train_step(model, optimizer, windows, config, tokens_seen=448)
+    hook.remove()
+    after = (model.state_dict(), optimizer.state_dict()["state"])
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
+
+
+def test_norm_scales_do_not_decay_and_matrices_do(config: RunConfig) -> None:
+    model, optimizer = build(config)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(decay) == {id(p) for p in model.parameters()}
+    assert decay[id(model.model.norm.weight)] == 0.0
+    assert decay[id(model.model.layers[1].mlp.experts.down_proj)] == config.optimizer.weight_decay
+
+
+def test_clipping_bounds_the_joint_norm_and_returns_the_norm_before(config: RunConfig) -> None:
+    model, _ = build(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    expected = torch.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
+    norm = clip_gradients(model, 0.5)
+    after = torch.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert after.item() == pytest.approx(0.5, rel=1e-4)
