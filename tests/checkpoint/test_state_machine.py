@@ -51,6 +51,7 @@ class States(RuleBasedStateMachine):
         older = sorted(other for other in self.steps if other < step)
         self.steps -= set(older[: max(0, len(older) - (keep - 1))])
         self.steps.add(step)
+        assert sorted(self.root.iterdir()) == states(self.root), "half-written states were left"
 
     @rule(step=STEPS, point=st.sampled_from(POINTS), fault=st.sampled_from([OSError, KeyboardInterrupt]))
     def fail(self, step: int, point: str, fault: type[BaseException]) -> None:

@@ -72,8 +72,8 @@ def test_a_model_directory_needs_only_its_config(run, model_dir):
 
 def test_set_changes_the_recipe(run):
     facts = [
-        json.loads(run("inspect", "demo", "--json", *changes)[1])
-        for changes in ([], ["--set", "model.vocab_size=8192", "--set", "train.tokens=8192"])
+        json.loads(run("inspect", "v3_16b", "--json", *changes)[1])
+        for changes in ([], ["--set", "model.vocab_size=204800", "--set", "train.tokens=4096"])
     ]
     plain, changed = (f["parameters"]["parts"]["main"]["embedding"] for f in facts)
     assert changed == 2 * plain
@@ -81,7 +81,8 @@ def test_set_changes_the_recipe(run):
 
 
 def test_a_run_with_a_time_budget_says_so(run):
-    assert "what fits into 480 s on this machine" in run("inspect", "demo")[1]
+    out = run("inspect", "v3_16b", "--set", "train.time_budget_s=480")[1]
+    assert "what fits into 480 s on this machine, measured at its start; else 1.33T tokens in 70,466 steps" in out
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_a_run_with_a_time_budget_says_so(run):
     [
         (["demmo"], "error: demmo: no such recipe; nearest: demo"),
         (["gone/model"], "gone/model: cannot read this recipe (No such file or directory)"),
-        (["demo", "--set", "model.n_group=3"], "error: demo: model.n_group=3: must divide n_routed_experts=8"),
+        (["v3_16b", "--set", "model.n_group=3"], "error: v3_16b: model.n_group=3: must divide n_routed_experts=64"),
     ],
 )
 def test_a_wrong_target_is_a_sentence_and_exit_code_2(run, arguments, sentence):
@@ -116,7 +117,7 @@ def test_recipes_lists_every_recipe_with_its_size(run):
     assert code == 0
     assert list(lines) == packaged_recipes()
     assert lines["v3_671b"].split()[1:4] == ["671B", "682.6B", "37.55B"]
-    assert "11M parameters" in lines["demo"]
+    assert "pre-training at 4K on 14.8T tokens" in lines["v3_671b"]
 
 
 def test_a_schedule_in_words():

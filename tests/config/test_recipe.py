@@ -30,21 +30,21 @@ def test_tables_merge_and_arrays_replace(tmp_path):
         tmp_path,
         "mine.toml",
         """
-        extends = "demo"
+        extends = "v3_671b"
         [model]
         hidden_size = 320
         [data]
-        exclude = ["vendored"]
+        suffixes = [".c"]
         [schedule.learning_rate]
-        segments = [{ until = 0.5, shape = "constant", to = 1e-3 }]
+        segments = [{ until = 5e12, shape = "linear", to = 1e-3 }]
         """,
     )
-    mine, demo = load_recipe(path), load_recipe("demo")
-    assert mine.model == demo.model.model_copy(update={"hidden_size": 320})
-    assert mine.data.exclude == ("vendored",)
+    mine, base = load_recipe(path), load_recipe("v3_671b")
+    assert mine.model == base.model.model_copy(update={"hidden_size": 320})
+    assert mine.data.suffixes == (".c",)
     assert len(mine.schedule.learning_rate.segments) == 1
-    assert mine.schedule.learning_rate.unit == "fraction"  # the rest of that table stays
-    assert mine.schedule.mtp_weight == demo.schedule.mtp_weight
+    assert mine.schedule.learning_rate.start == 0.0  # the rest of that table stays
+    assert mine.schedule.mtp_weight == base.schedule.mtp_weight
 
 
 def test_a_recipe_without_a_name_takes_its_file_name_not_its_bases(tmp_path):
@@ -54,8 +54,8 @@ def test_a_recipe_without_a_name_takes_its_file_name_not_its_bases(tmp_path):
 
 
 def test_unset_removes_an_inherited_field(tmp_path):
-    path = write(tmp_path, "plain.toml", 'extends = "demo"\nunset = ["model.q_lora_rank"]\n')
-    assert load_recipe("demo").model.q_lora_rank == 192
+    path = write(tmp_path, "plain.toml", 'extends = "v3_671b"\nunset = ["model.q_lora_rank"]\n')
+    assert load_recipe("v3_671b").model.q_lora_rank == 1536
     assert load_recipe(path).model.q_lora_rank is None
 
 
@@ -63,7 +63,7 @@ def test_unset_can_empty_a_table_that_the_recipe_fills_anew(tmp_path):
     path = write(
         tmp_path,
         "anew.toml",
-        'extends = "demo"\nunset = ["schedule.mtp_weight"]\n[schedule.mtp_weight]\nstart = 0.25\n',
+        'extends = "v3_671b"\nunset = ["schedule.mtp_weight"]\n[schedule.mtp_weight]\nstart = 0.25\n',
     )
     mtp_weight = load_recipe(path).schedule.mtp_weight
     assert (mtp_weight.start, mtp_weight.unit, mtp_weight.segments) == (0.25, "tokens", ())
@@ -71,7 +71,7 @@ def test_unset_can_empty_a_table_that_the_recipe_fills_anew(tmp_path):
 
 @pytest.mark.parametrize("field", ["model.q_lora_rnk", "model.q_lora_rank.depth", "modle.q_lora_rank"])
 def test_unset_of_what_is_not_there_is_refused(field, tmp_path):
-    path = write(tmp_path, "plain.toml", f'extends = "demo"\nunset = ["{field}"]\n')
+    path = write(tmp_path, "plain.toml", f'extends = "v3_671b"\nunset = ["{field}"]\n')
     with pytest.raises(ConfigError, match="does not set that"):
         load_recipe(path)
 
@@ -109,7 +109,7 @@ def test_a_circle_is_refused_with_its_path(tmp_path):
     ],
 )
 def test_set_overrides_one_field(override, read):
-    assert read(load_recipe("demo", [override]))
+    assert read(load_recipe("v3_671b", [override]))
 
 
 def test_the_last_override_holds():
@@ -122,22 +122,25 @@ def test_the_last_override_holds():
         ("train.tokens", "--set train.tokens: must read section.field=value"),
         ("=3", "--set =3: must read section.field=value"),
         ("model.hidden_size.deep=3", "--set model.hidden_size.deep=3: hidden_size is a value, not a section"),
-        ("train.tokns=3", "demo: train.tokns: unknown field; nearest: tokens"),
-        ("trian.tokens=3", "demo: trian: unknown field; nearest: train"),
-        ("train.tokens=many", "demo: train.tokens='many': input should be a valid integer"),
-        ("train.tokens=-1", "demo: train.tokens=-1: input should be greater than 0"),
-        ("model.n_group=3", "demo: model.n_group=3: must divide n_routed_experts=8; possible: 1, 2, 4, 8"),
+        ("train.tokns=3", "v3_671b: train.tokns: unknown field; nearest: tokens"),
+        ("trian.tokens=3", "v3_671b: trian: unknown field; nearest: train"),
+        ("train.tokens=many", "v3_671b: train.tokens='many': input should be a valid integer"),
+        ("train.tokens=-1", "v3_671b: train.tokens=-1: input should be greater than 0"),
+        ("model.n_group=3", "v3_671b: model.n_group=3: must divide n_routed_experts=256; possible: 1, 2, 4, 8"),
         (
-            "train.sequence_length=2048",
-            "demo: train.sequence_length=2048: must be at most model.max_position_embeddings=1024",
+            "train.sequence_length=8192",
+            "v3_671b: train.sequence_length=8192: must be at most model.max_position_embeddings=4096",
         ),
-        ("model.num_nextn_predict_layers=256", "must be larger than model.num_nextn_predict_layers=256"),
-        ("schedule.batch_size.start=0", "demo: schedule.batch_size: 0 sequences a step: must be at least 1"),
+        ("model.num_nextn_predict_layers=4096", "must be larger than model.num_nextn_predict_layers=4096"),
+        ("schedule.batch_size.start=0", "v3_671b: schedule.batch_size: 0 sequences a step: must be at least 1"),
         (
             "schedule.learning_rate.start=-1",
-            "demo: schedule.learning_rate.start=-1: input should be greater than or equal",
+            "v3_671b: schedule.learning_rate.start=-1: input should be greater than or equal",
         ),
-        ("schedule.learning_rate.segments=[{until=1e9}]", "until=1e+09: must be at most 1, since unit is fraction"),
+        (
+            "schedule.learning_rate={start=1,unit='fraction',segments=[{until=1e9}]}",
+            "until=1e+09: must be at most 1, since unit is fraction",
+        ),
         ("schedule.learning_rate.segments=[{until=0.5,shape='linear'}]", "segments.0.to: required"),
         ("schedule.learning_rate.segments=[{until=0.5},{until=0.5}]", "must be larger than the one before"),
         ("schedule.learning_rate.segments=[{untl=0.5}]", "segments.0.untl: unknown field; nearest: until"),
@@ -145,7 +148,7 @@ def test_the_last_override_holds():
 )
 def test_a_wrong_override_is_one_sentence_with_field_value_and_what_is_allowed(override, sentence):
     with pytest.raises(ConfigError) as caught:
-        load_recipe("demo", [override])
+        load_recipe("v3_671b", [override])
     assert sentence in str(caught.value)
 
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abyssal.config import Schedule, Segment, load_recipe
@@ -106,6 +106,7 @@ def test_a_constant_segment_without_a_value_holds_what_was_reached():
     assert schedule.lowest == 1.0
 
 
+@settings(deadline=None)
 @given(
     st.floats(0, 10),
     st.lists(

@@ -99,6 +99,15 @@ def test_append_refuses_another_number_of_rows_or_another_dtype(tiny_config: Mod
         cache.append(0, latents[:2].double(), keys[:2].double())
 
 
+def test_truncate_breaks_off_the_pass_under_way(tiny_config: ModelConfig) -> None:
+    cache = filled(tiny_config, 3)
+    cache.begin((2,))
+    cache.truncate(0, 1)
+    assert cache.lengths == (1,)
+    with pytest.raises(RuntimeError, match="layer 0 appended out of turn"):
+        cache.append(0, *rows(tiny_config, 0, 2))
+
+
 @pytest.mark.parametrize("length", [-1, 4])
 def test_truncate_refuses_a_length_that_the_sequence_does_not_have(tiny_config: ModelConfig, length: int) -> None:
     with pytest.raises(ValueError, match=f"length={length}: sequence 0 holds 3 tokens"):

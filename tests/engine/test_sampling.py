@@ -109,6 +109,15 @@ def test_logits_of_minus_infinity_are_never_drawn() -> None:
         assert kept(logits, temperature=1.0, **parameters) == {1, 3}
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1.0, 3)])  # 1.0: where the product with the mass rounds up
+def test_the_ends_of_the_random_numbers_do_not_lead_to_barred_tokens(
+    monkeypatch: pytest.MonkeyPatch, number: float, token: int
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([number], dtype=torch.float64))
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
+    assert draws(logits, 1, temperature=1.0, top_p=1.0) == {token: 1}
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e300])
 def test_extreme_temperatures_do_not_overflow(temperature: float) -> None:
     found = kept(LOGITS * 1000, temperature=temperature, top_p=1.0)

@@ -170,9 +170,10 @@ def test_absorbed_gradients_equal_naive(draw_config: Any, build: Any, draw_token
     model = build(config, 9)
     tokens = draw_tokens(config, 8, 9)
     ctx = replace(Context.packed((5, 3)), balance_weight=0.1)
+    parameters = [parameter for name, parameter in model.named_parameters() if name != "lm_head.weight"]
     found = []
     for _ in range(2):
-        found.append(torch.autograd.grad(model(tokens, ctx).pow(3).sum(), list(model.parameters())[:-1]))
+        found.append(torch.autograd.grad(model(tokens, ctx).pow(3).sum(), parameters))
         absorb(model)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -27,6 +27,13 @@ def test_shortened_drops_the_last_tokens_of_every_sequence() -> None:
     assert shorter.rotary[1].flatten().tolist() == [0.0, -1.0, -4.0]
 
 
+def test_a_sequence_that_is_too_short_stays_with_no_tokens() -> None:
+    shorter, kept = Context.packed((1, 4, 2)).shortened(2)
+    assert shorter.lengths == (0, 2, 0)
+    assert kept.tolist() == [1, 2]
+    assert shorter.positions.tolist() == [0, 1]
+
+
 def test_shortened_keeps_positions_that_do_not_start_at_zero() -> None:
     shorter, _ = Context((3, 2), torch.tensor([7, 8, 9, 4, 5])).shortened(1)
     assert shorter.positions.tolist() == [7, 8, 4]

@@ -103,3 +103,15 @@ def test_latent_attention_equals_the_definition(seed: int, new: int, cached: int
             shares = [math.exp(s - max(scores)) for s in scores]
             expected = sum(share / sum(shares) * c_kv[j] for j, share in enumerate(shares))
             torch.testing.assert_close(out[t, i], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+def test_latent_attention_in_lower_precision_is_within_tolerance(dtype: torch.dtype, tolerance: float) -> None:
+    """In bf16 a score is a bf16 product: of size 4 it is off by up to 2^-7, and its weight by as much."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((2, 3, 24), (2, 3, 8), (19, 24), (19, 8))
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    exact = latent_attention(*(x.double() for x in inputs), 32**-0.5)
+    out = latent_attention(*inputs, 32**-0.5)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())

@@ -51,6 +51,15 @@ def test_collapse_costs_more_than_balance() -> None:
     assert balance_loss(scores, (6,), 1).item() == pytest.approx(4 * 0.9 / 1.2)
 
 
+def test_a_sequence_without_tokens_costs_nothing() -> None:
+    scores = torch.rand(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with_empty, without = balance_loss(scores, (2, 0, 3), 2), balance_loss(scores, (2, 3), 2)
+    assert with_empty.tolist() == [without[0].item(), 0.0, without[1].item()]
+    with_empty.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
 def test_injected_loss_leaves_the_value_and_adds_its_gradient() -> None:
     x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y = inject_loss(x, (x**3).sum())

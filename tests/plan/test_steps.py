@@ -27,7 +27,7 @@ def test_a_phase_of_the_context_extension_has_1000_steps(name):
 
 
 def test_a_constant_batch_divides_and_rounds_up():
-    run = load_recipe("demo")
+    run = load_recipe("v3_16b")
     a_step = run.batch_size_at(0) * run.train.sequence_length
     assert count_steps(run) == math.ceil(run.train.tokens / a_step)
     assert [count_steps(run, tokens) for tokens in (0, 1, a_step, a_step + 1)] == [0, 1, 1, 2]
@@ -36,8 +36,8 @@ def test_a_constant_batch_divides_and_rounds_up():
 def test_the_steps_are_those_of_a_walk_through_the_run():
     segments = "[{until=0.5, shape='linear', to=9}, {until=0.7, to=5}]"
     ramp = f"schedule.batch_size={{start=2, unit='fraction', segments={segments}}}"
-    run = load_recipe("demo", [ramp, "train.tokens=100_003", "train.batch_multiple=2"])
-    for end in (0, 256, 40_000, 60_000, 80_000, 100_003):
+    run = load_recipe("v3_16b", [ramp, "train.tokens=1_600_003", "train.batch_multiple=2"])
+    for end in (0, 4096, 600_000, 900_000, 1_200_000, 1_600_003):
         seen = steps = 0
         while seen < end:
             seen += run.batch_size_at(seen) * run.train.sequence_length

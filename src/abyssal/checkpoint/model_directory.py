@@ -30,12 +30,15 @@ from abyssal.checkpoint.layout import (
     split_names,
     split_shapes,
 )
-from abyssal.checkpoint.safetensors_files import INDEX, SINGLE, TensorFiles, read_headers, save, written_by_us
+from abyssal.checkpoint.safetensors_files import INDEX, SINGLE, TensorFiles, read_headers, save
 from abyssal.config import ModelConfig
 from abyssal.errors import CheckpointError, ModelDirectoryError
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+#: The field of config.json that marks a directory as ours. Not in the safetensors header, whose writer puts a second
+#: entry in random order, so that equal models would differ in their checksums.
+PRODUCER = {"producer": "abyssal"}
 #: Everything that a directory of ours may hold; another file in it is the user's, and keeps it from being replaced.
 OWN_FILES = frozenset({CONFIG, GENERATION, CARD, SINGLE, INDEX, "chat_template.jinja", *TOKENIZER_FILES})
 
@@ -81,7 +84,7 @@ def write_model_directory(
             raise ModelDirectoryError(str(error)) from None
         with atomic_directory(path, replace=True) as staging:
             _write_tokenizer(staging, tokenizer_files)
-            _write_json(staging / CONFIG, config.to_hf(name))
+            _write_json(staging / CONFIG, {**config.to_hf(name), **PRODUCER})
             tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
             tokens = {key: value for key, value in tokens.items() if value is not None}
             _write_json(staging / GENERATION, {**tokens, **(generation or {})})
@@ -241,9 +244,17 @@ def _check_replaceable(path: Path) -> None:
     except OSError as error:
         raise ModelDirectoryError(f"{path}: cannot write a model directory there ({error.strerror})") from None
     others = [name for name in found if name not in OWN_FILES and not _is_shard(name)]
-    if others or (found and not written_by_us(path)):
+    if others or (found and not _written_by_us(path)):
         what = f"holds {others[0]}" if others else "was not written by Abyssal"
         raise ModelDirectoryError(f"{path}: exists and {what}, so it is not replaced; remove it or choose another path")
+
+
+def _written_by_us(path: Path) -> bool:
+    try:
+        fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and fields.items() >= PRODUCER.items()
 
 
 def _is_shard(name: str) -> bool:

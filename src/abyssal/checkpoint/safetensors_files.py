@@ -18,8 +18,6 @@ from abyssal.checkpoint.atomic import os_faults
 from abyssal.errors import ModelDirectoryError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: Key and value of a safetensors header that say who wrote the file.
-PRODUCER = {"producer": "abyssal"}
 READABLE = ("F64", "F32", "BF16", "F16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -87,21 +85,11 @@ def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
         OSError: the disk refused.
     """
     try:
-        save_file(tensors, file, metadata={"format": "pt", **PRODUCER})
+        save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:  # the library wraps the system's faults into words
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise
-
-
-def written_by_us(folder: Path) -> bool:
-    """Whether the weights in `folder` carry our mark."""
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            return (_opened(file).metadata() or {}).get("producer") == PRODUCER["producer"]
-        except (ModelDirectoryError, OSError):
-            return False
-    return False
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

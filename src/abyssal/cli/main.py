@@ -22,13 +22,8 @@ from abyssal.errors import AbyssalError
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 app = typer.Typer(name="abyssal", add_completion=False, pretty_exceptions_enable=False)
-app.command()(generate)
-app.command()(inspect)
-app.command()(train)
-app.command()(prepare)
-app.command()(doctor)
-app.command()(demo)
-app.command()(recipes)
+for command in (demo, train, generate, prepare, inspect, recipes, doctor):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,7 +15,8 @@ def train(
         typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The run's folder.  [default: runs/<recipe's name>]")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="The run's folder.", show_default="runs/ and the recipe's name"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run in that folder.")

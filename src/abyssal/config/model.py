@@ -164,8 +164,8 @@ class ModelConfig(Frozen):
         {
             "architectures", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
             "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
-            "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim", "quantization_config", "return_dict",
-            "seq_aux", "torch_dtype", "transformers_version", "unsloth_fixed", "use_cache",
+            "pad_token_id", "pretraining_tp", "problem_type", "producer", "qk_head_dim", "quantization_config",
+            "return_dict", "seq_aux", "torch_dtype", "transformers_version", "unsloth_fixed", "use_cache",
         }
     )
     # fmt: on

@@ -29,6 +29,7 @@ class DataConfig(Frozen):
     suffixes: tuple[str, ...] = Field(default=(".py", ".md", ".txt", ".rst"), description="file names read in folders")
     exclude: tuple[str, ...] = Field(default=(), description="folder names left out, wherever they stand")
     text_field: str = Field(default="text", description="the field of a .jsonl line that holds the document")
+    folder: str | None = Field(default=None, description="prepared shards to use or make; none: the run's own folder")
     split_modulus: int = Field(default=20, ge=3)
     on_undecodable: Literal["fail", "skip"] = Field(default="fail", description="a file that is not UTF-8")
 

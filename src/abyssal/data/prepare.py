@@ -61,7 +61,7 @@ def prepare(
     references = find_documents(config)
     loaded = None if tokenizer.path is None else _load_tokenizer(Path(tokenizer.path), vocab_size)
     inputs = {
-        "data": config.model_dump(mode="json"),
+        "data": config.model_dump(mode="json", exclude={"folder"}),
         "tokenizer": tokenizer.model_dump(mode="json") | {"fingerprint": loaded and loaded.fingerprint},
         "vocab_size": vocab_size,
         "seed": seed,

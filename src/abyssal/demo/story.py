@@ -50,7 +50,7 @@ def show(model_dir: Path, folder: RunFolder, console: Console) -> None:
     run = folder.resolved_config()
     torch.set_num_threads(run.train.threads)
     loaded = load_model(model_dir)
-    heldout, length = Shards.open(folder.data, "heldout"), run.train.sequence_length
+    heldout, length = Shards.open(folder.data(run), "heldout"), run.train.sequence_length
     score = score_documents(loaded.model, heldout, length, run.train.micro_batch_size * length)
     console.print(
         f"\n[bold]{score.bits_per_byte:.3f} bits per byte[/bold] on {heldout.documents} files it has never seen "

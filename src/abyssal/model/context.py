@@ -63,11 +63,14 @@ class Context:
         return replace(self, rotary=(cos, sin))
 
     def shortened(self, k: int) -> tuple[Context, Tensor]:
-        """Return the context without the last k tokens of each sequence, and the indices [T'] of those that stay."""
+        """Return the context without the last k tokens of each sequence, and the indices [T'] of those that stay.
+
+        A sequence of k tokens or fewer keeps its place with none.
+        """
         device = self.positions.device
         starts = torch.tensor(self.lengths).cumsum(0) - torch.tensor(self.lengths)
-        kept = torch.cat([torch.arange(a, a + n - k) for a, n in zip(starts.tolist(), self.lengths, strict=True)])
+        lengths = tuple(max(n - k, 0) for n in self.lengths)
+        kept = torch.cat([torch.arange(a, a + n) for a, n in zip(starts.tolist(), lengths, strict=True)])
         kept = kept.to(device)
         rotary = None if self.rotary is None else (self.rotary[0][kept], self.rotary[1][kept])
-        lengths = tuple(n - k for n in self.lengths)
         return replace(self, lengths=lengths, positions=self.positions[kept], rotary=rotary), kept

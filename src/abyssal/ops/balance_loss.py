@@ -24,12 +24,12 @@ def balance_loss(scores: Tensor, lengths: Sequence[int], top_k: int) -> Tensor:
         top_k: K.
 
     Returns:
-        [B] in scores' dtype; 1 at perfect balance.
+        [B] in scores' dtype; 1 at perfect balance, 0 for a sequence without tokens.
 
     Paper: §2.1.2 eq. 17-20.
     """
     num_experts = scores.shape[-1]
-    tokens = scores.new_tensor(lengths)[:, None]  # [B, 1]
+    tokens = scores.new_tensor(lengths).clamp_min(1)[:, None]  # [B, 1]; empty sequences divide 0 by 1
     sequence = torch.repeat_interleave(
         torch.arange(len(lengths), device=scores.device), torch.tensor(lengths, device=scores.device)
     )  # [T]

@@ -28,13 +28,13 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """The comparable figure: independent of the tokenizer."""
-        return self.nats / math.log(2) / self.bytes
+        """The comparable figure, independent of the tokenizer; not a number where nothing was scored."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     @property
     def loss(self) -> float:
         """Nats a token."""
-        return self.nats / self.tokens
+        return self.nats / self.tokens if self.tokens else math.nan
 
 
 @torch.inference_mode()

@@ -23,14 +23,13 @@ def export_model(
     """Write the weights, in the run's compute dtype, as a Hugging Face `deepseek_v3` directory.
 
     Args:
-        tokenizer: the folder whose tokenizer.json goes along.
+        tokenizer: the folder whose tokenizer goes along.
         score: the last validation, for the model card.
     """
 
     def write_tokenizer(folder: Path) -> None:
         shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
-        loaded = Tokenizer.load(folder / "tokenizer.json")
-        write_tokenizer_config(folder, loaded, config.model.max_position_embeddings)
+        write_tokenizer_config(folder, Tokenizer.load(tokenizer), config.model.max_position_embeddings)
 
     dtype = torch.float32 if model.compute_dtype == torch.float64 else model.compute_dtype
     write_model_directory(

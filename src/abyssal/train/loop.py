@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,9 @@ from rich.console import Console
 
 from abyssal.checkpoint.state import adamw_tensors, latest_state, load_state, save_state
 from abyssal.config import RunConfig
-from abyssal.data.batch import BatchLoader, count_windows
-from abyssal.data.order import WindowOrder
-from abyssal.data.prepare import prepare
-from abyssal.data.shards import Shards
-from abyssal.plan import training_flops
-from abyssal.train.evaluation import Score, score_documents
+from abyssal.train.evaluation import score_documents
 from abyssal.train.export import export_model
+from abyssal.train.inputs import Inputs, prepare_inputs, reopen_inputs
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.progress import Progress
 from abyssal.train.reporter import Reporter
@@ -33,11 +29,13 @@ def start(config: RunConfig, path: Path, console: Console) -> Path:
         AbyssalError: a fault of recipe, corpus, disk or training, as one sentence.
     """
     folder = RunFolder(path)
+    folder.refuse_another()
+    inputs = prepare_inputs(config, folder.data(config), console)
     config, sentences = decide(config, _device())
-    folder.begin(config)
     for sentence in sentences:
         console.print(sentence, highlight=False)
-    return _train(config, folder, console)
+    folder.begin(config)
+    return _train(config, folder, inputs, console)
 
 
 def resume(path: Path, console: Console) -> Path:
@@ -48,52 +46,34 @@ def resume(path: Path, console: Console) -> Path:
     folder = RunFolder(path)
     config = folder.resolved_config()
     torch.set_num_threads(config.train.threads)
-    return _train(config, folder, console)
+    return _train(config, folder, reopen_inputs(config, folder.data(config), console), console)
 
 
-def _train(config: RunConfig, folder: RunFolder, console: Console) -> Path:
-    device = _device()
-    length, total = config.train.sequence_length, config.train.tokens
-    prepare(
-        config.data,
-        config.tokenizer,
-        config.model.vocab_size,
-        folder.data,
-        seed=config.seed,
-        workers=config.train.threads,
-        progress=console.is_terminal,
-    )
-    train_set, validation = Shards.open(folder.data, "train"), Shards.open(folder.data, "validation")
-    loader = BatchLoader(train_set, WindowOrder(config.seed, count_windows(train_set, length)), length)
-
+def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Console) -> Path:
+    device, length, total = _device(), config.train.sequence_length, config.train.tokens
     model = build_model(config, device)
     optimizer = build_optimizer(model, config.optimizer)
     tensors = {"model": model.state_dict(), "optimizer": adamw_tensors(optimizer, dict(model.named_parameters()))}
     progress = _restore(folder, tensors)
+    evaluate = partial(
+        score_documents, model, inputs.validation, length, tokens_a_pass=config.train.micro_batch_size * length
+    )
 
-    reporter = Reporter(console, folder, progress, total, config.train.log_every_steps)
-    reporter.flops_per_token = training_flops(config.model, length).total
-    reporter.peak_flops = peak_flops(config, device)
-    score: Score | None = None
-    with reporter:
+    with Reporter(console, folder, progress, config, peak_flops(config, device)) as reporter:
         while progress.tokens < total:
-            batch = loader.batch(progress.sequences, config.batch_size_at(progress.tokens))
+            batch = inputs.loader.batch(progress.sequences, config.batch_size_at(progress.tokens))
             result = train_step(model, optimizer, batch.tokens.to(device), config, progress.tokens)
             progress = progress.after(len(batch.tokens), length)
             reporter.step(progress, result)
-            last = progress.tokens >= total
-            if last or progress.step % config.evaluation.every_steps == 0:
-                begin = time.perf_counter()
-                max_bytes = None if last else config.evaluation.max_bytes
-                score = score_documents(model, validation, length, config.train.micro_batch_size * length, max_bytes)
-                reporter.score(progress, score, time.perf_counter() - begin)
-            if last or progress.step % config.checkpoint.every_steps == 0:
-                begin = time.perf_counter()
-                save_state(folder.states, progress.step, tensors, progress.to_json(), keep=config.checkpoint.keep)
-                reporter.exclude(time.perf_counter() - begin)
-    if score is None:  # resumed after the last step
-        score = score_documents(model, validation, length, config.train.micro_batch_size * length)
-    export_model(folder.model, model, config, progress, tokenizer=folder.data, score=score)
+            if progress.step % config.evaluation.every_steps == 0 and progress.tokens < total:
+                with reporter.apart():
+                    reporter.score(progress, evaluate(max_bytes=config.evaluation.max_bytes))
+            if progress.step % config.checkpoint.every_steps == 0 or progress.tokens >= total:
+                with reporter.apart():
+                    save_state(folder.states, progress.step, tensors, progress.to_json(), keep=config.checkpoint.keep)
+        score = evaluate()
+        reporter.score(progress, score)
+    export_model(folder.model, model, config, progress, tokenizer=inputs.folder, score=score)
     return folder.model
 
 

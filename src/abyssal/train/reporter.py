@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Self
@@ -11,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from abyssal.config import RunConfig
+from abyssal.plan import training_flops
 from abyssal.train.evaluation import Score
 from abyssal.train.progress import Progress
 from abyssal.train.run_folder import RunFolder
@@ -23,12 +27,15 @@ WIDTHS = (7, 7, 7, 8, 7, 9, 7, 8, 6, 8)
 class Reporter:
     """Prints a line every `every` steps under a progress bar, and writes every step to the metrics."""
 
-    def __init__(self, console: Console, folder: RunFolder, begin: Progress, total_tokens: int, every: int) -> None:
-        """Report on a run that goes from `begin` to `total_tokens`."""
-        self.console, self.folder, self.every, self.total_tokens = console, folder, every, total_tokens
-        self.flops_per_token, self.peak_flops = 0.0, 0.0
+    def __init__(
+        self, console: Console, folder: RunFolder, begin: Progress, config: RunConfig, peak_flops: float
+    ) -> None:
+        """Report on a run that goes on from `begin`; MFU is stated against `peak_flops`, FLOP/s."""
+        self.console, self.folder, self.peak_flops = console, folder, peak_flops
+        self.every, self.total_tokens = config.train.log_every_steps, config.train.tokens
+        self.flops_per_token = training_flops(config.model, config.train.sequence_length).total
         self.last_score: Score | None = None
-        self._since, self._tokens_since, self._excluded = time.perf_counter(), begin.tokens, 0.0
+        self._since, self._tokens_since, self._apart = time.perf_counter(), begin.tokens, 0.0
         self._rate = 0.0
         self._bar = Bar(
             TextColumn("[bold]training"),
@@ -41,7 +48,7 @@ class Reporter:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("training", total=total_tokens, completed=begin.tokens)
+        self._task = self._bar.add_task("training", total=self.total_tokens, completed=begin.tokens)
 
     def __enter__(self) -> Self:
         """Print the heading and start the bar."""
@@ -70,27 +77,31 @@ class Reporter:
             self._print_line(progress, result)
         self.folder.append_metrics(record)
 
-    def score(self, progress: Progress, score: Score, seconds: float) -> None:
-        """Record a validation, whose `seconds` do not count as training time."""
+    def score(self, progress: Progress, score: Score) -> None:
+        """Record a validation; one without documents is none."""
+        if not score.bytes:
+            return
         self.last_score = score
-        self._excluded += seconds
         self.folder.append_metrics(
             {**progress.to_json(), "validation_bits_per_byte": score.bits_per_byte, "validation_loss": score.loss}
         )
 
-    def exclude(self, seconds: float) -> None:
-        """Leave `seconds` (of writing a checkpoint, say) out of the training rate."""
-        self._excluded += seconds
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave what happens inside out of the training rate."""
+        begin = time.perf_counter()
+        yield
+        self._apart += time.perf_counter() - begin
 
     @property
     def _mfu(self) -> float:
-        return self._rate * self.flops_per_token / self.peak_flops if self.peak_flops else 0.0
+        return self._rate * self.flops_per_token / self.peak_flops
 
     def _measure_rate(self, progress: Progress) -> None:
         now = time.perf_counter()
-        elapsed = now - self._since - self._excluded
+        elapsed = now - self._since - self._apart
         self._rate = (progress.tokens - self._tokens_since) / max(elapsed, 1e-9)
-        self._since, self._tokens_since, self._excluded = now, progress.tokens, 0.0
+        self._since, self._tokens_since, self._apart = now, progress.tokens, 0.0
 
     def _print_line(self, progress: Progress, result: StepResult) -> None:
         left = max(self.total_tokens - progress.tokens, 0) / max(self._rate, 1e-9)

@@ -25,10 +25,9 @@ class RunFolder:
         """The resolved recipe, with what this machine decided filled in."""
         return self.path / "recipe.toml"
 
-    @property
-    def data(self) -> Path:
-        """Tokenizer and shards."""
-        return self.path / "data"
+    def data(self, config: RunConfig) -> Path:
+        """Tokenizer and shards: in the run's folder, unless the recipe names another."""
+        return self.path / "data" if config.data.folder is None else Path(config.data.folder)
 
     @property
     def metrics(self) -> Path:
@@ -45,17 +44,21 @@ class RunFolder:
         """The model directory that the run ends with."""
         return self.path / "model"
 
+    def refuse_another(self) -> None:
+        """Raise where a run stands already.
+
+        Raises:
+            UsageError: it does.
+        """
+        if self.recipe.exists():
+            raise UsageError(f"{self.path}: a run is here already; --resume continues it, or choose another --out")
+
     def begin(self, config: RunConfig) -> None:
         """Store the resolved recipe of a new run.
 
         Raises:
-            UsageError: a run stands here already.
             CheckpointError: the folder cannot be written.
         """
-        if self.recipe.exists():
-            raise UsageError(
-                f"{self.path}: there is a run here already; --resume continues it, or choose another --out"
-            )
         with os_faults(CheckpointError, self.path, "start a run here"):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe, tomli_w.dumps(config.model_dump(exclude_none=True)))

@@ -1,0 +1,79 @@
+"""The data of one run: prepared when it begins, opened and checked when it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from abyssal.config import RunConfig
+from abyssal.data.batch import BatchLoader, count_windows
+from abyssal.data.manifest import NAME, Manifest
+from abyssal.data.order import WindowOrder
+from abyssal.data.prepare import prepare
+from abyssal.data.shards import Shards
+from abyssal.errors import ConfigError
+from abyssal.machine.describe import available_cores
+from abyssal.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Training batches, validation documents (there may be none), and where the tokenizer stands."""
+
+    folder: Path
+    loader: BatchLoader
+    validation: Shards
+
+
+def prepare_inputs(config: RunConfig, folder: Path, console: Console) -> Inputs:
+    """Prepare the run's data in `folder`, or use what was prepared there from the same documents.
+
+    Raises:
+        DataError: see `abyssal.data.prepare`; or the corpus is shorter than one sequence.
+    """
+    manifest = prepare(
+        config.data,
+        config.tokenizer,
+        config.model.vocab_size,
+        folder,
+        seed=config.seed,
+        workers=config.train.threads or available_cores(),
+        progress=console.is_terminal,
+    )
+    train, validation, dropped = manifest.splits["train"], manifest.splits["validation"], manifest.dropped
+    console.print(
+        f"data: {train.documents:,} documents of {train.bytes:,} bytes, {train.tokens:,} tokens to train on; "
+        f"{validation.documents:,} for validation; left out: {dropped.empty} empty, {dropped.duplicate} duplicate, "
+        f"{dropped.undecodable} undecodable",
+        highlight=False,
+    )
+    return _open(config, folder)
+
+
+def reopen_inputs(config: RunConfig, folder: Path, console: Console) -> Inputs:
+    """Open the data that the run began with, whatever has become of its documents, after comparing every checksum.
+
+    Raises:
+        DataError: a shard is missing or damaged.
+    """
+    if not (folder / NAME).is_file():
+        return prepare_inputs(config, folder, console)
+    for split in Manifest.read(folder).splits:
+        Shards.open(folder, split).verify()
+    return _open(config, folder)
+
+
+def _open(config: RunConfig, folder: Path) -> Inputs:
+    tokenizer = Tokenizer.load(folder)
+    for name, ours, theirs in (
+        ("bos_token_id", config.model.bos_token_id, tokenizer.bos_id),
+        ("eos_token_id", config.model.eos_token_id, tokenizer.eos_id),
+    ):
+        if ours != theirs:
+            raise ConfigError(f"model.{name}={ours}: must be the tokenizer's, {theirs}")
+    length = config.train.sequence_length
+    shards = Shards.open(folder, "train")
+    order = WindowOrder(config.seed, count_windows(shards, length))
+    return Inputs(folder, BatchLoader(shards, order, length), Shards.open(folder, "validation"))
