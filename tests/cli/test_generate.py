@@ -7,45 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from abyssal.checkpoint.model_directory import write_model_directory
 from abyssal.cli.main import main
-from abyssal.config import ModelConfig
 from abyssal.engine import SamplingParameters, load_model, stream_text
-from abyssal.model import Transformer, initialise
-from abyssal.text.chat_template import write_tokenizer_config
-from abyssal.text.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_config: ModelConfig) -> Path:
-    """A model directory of random numbers that asks for temperature 0.9."""
-    tokenizer = Tokenizer.train(["def f(x):\n    return x * x\n"] * 3, 290)
-    config = tiny_config.model_copy(update={"vocab_size": tokenizer.vocab_size})
-
-    def tokenizer_files(staging: Path) -> None:
-        tokenizer.save(staging / "tokenizer.json")
-        write_tokenizer_config(staging, tokenizer, config.max_position_embeddings)
-
-    write_model_directory(
-        tmp_path / "model",
-        config,
-        initialise(Transformer(config), 5).state_dict().items(),
-        dtype=torch.float32,
-        tokenizer_files=tokenizer_files,
-        card="A model of random numbers.\n",
-        generation={"temperature": 0.9},
-    )
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def continuation(folder: Path) -> Callable[..., str]:
+def continuation(model_folder: Path) -> Callable[..., str]:
     """Return what the engine itself makes of a prompt."""
-    loaded = load_model(folder)
+    loaded = load_model(model_folder)
 
     def text(prompt: str, parameters: SamplingParameters, *, bos: bool = True) -> str:
         return "".join(chunk.text for chunk in stream_text(loaded, loaded.encode_prompt(prompt, bos=bos), parameters))
@@ -58,16 +30,20 @@ def give_input(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 
 def test_nothing_but_the_text_is_on_standard_output_and_a_summary_on_the_other(
-    folder: Path, continuation: Callable[..., str], capsys: Capture
+    model_folder: Path, continuation: Callable[..., str], capsys: Capture
 ) -> None:
-    assert main(["generate", str(folder), "--prompt", "def f", "--temperature", "0", "--max-new-tokens", "9"]) == 0
+    assert (
+        main(["generate", str(model_folder), "--prompt", "def f", "--temperature", "0", "--max-new-tokens", "9"]) == 0
+    )
     out, err = capsys.readouterr()
     assert out == continuation("def f", SamplingParameters(9, temperature=0))
     summary = r"\d+ prompt tokens in \d+\.\d\d s, 9 new tokens at \d+\.\d tokens/s; ended by its length\n"
     assert re.fullmatch(summary, err)
 
 
-def test_every_option_reaches_the_sampling(folder: Path, continuation: Callable[..., str], capsys: Capture) -> None:
+def test_every_option_reaches_the_sampling(
+    model_folder: Path, continuation: Callable[..., str], capsys: Capture
+) -> None:
     parameters = SamplingParameters(25, temperature=1.7, top_p=0.8, top_k=40, seed=3)
     text = continuation("x", parameters, bos=False)
     stop = (text[8:10], text[14:15])
@@ -75,16 +51,16 @@ def test_every_option_reaches_the_sampling(folder: Path, continuation: Callable[
         "--max-new-tokens 25 --temperature 1.7 --top-p 0.8 --top-k 40 --seed 3 --no-bos --dtype float32 --device cpu"
     )
     stops = [word for string in stop for word in ("--stop", string)]
-    assert main(["generate", str(folder), "--prompt", "x", *options.split(), *stops]) == 0
+    assert main(["generate", str(model_folder), "--prompt", "x", *options.split(), *stops]) == 0
     out, err = capsys.readouterr()
     assert out == text[: min(text.index(string) for string in stop)]
     assert err.endswith("ended by a stop string\n")
 
 
 def test_what_is_not_given_comes_from_the_model_directory(
-    folder: Path, continuation: Callable[..., str], capsys: Capture
+    model_folder: Path, continuation: Callable[..., str], capsys: Capture
 ) -> None:
-    assert main(["generate", str(folder), "--prompt", "x", "--seed", "7"]) == 0
+    assert main(["generate", str(model_folder), "--prompt", "x", "--seed", "7"]) == 0
     out, err = capsys.readouterr()
     assert out == continuation("x", SamplingParameters(128, temperature=0.9, seed=7))
     assert out != continuation("x", SamplingParameters(128, seed=7))
@@ -95,10 +71,10 @@ def test_what_is_not_given_comes_from_the_model_directory(
 
 
 def test_a_dash_reads_the_prompt_from_standard_input_as_utf8(
-    folder: Path, continuation: Callable[..., str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, continuation: Callable[..., str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_input(monkeypatch, "# naïve\n".encode())
-    assert main(["generate", str(folder), "--prompt", "-", "--temperature", "0", "--max-new-tokens", "5"]) == 0
+    assert main(["generate", str(model_folder), "--prompt", "-", "--temperature", "0", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out == continuation("# naïve\n", SamplingParameters(5, temperature=0))
 
 
@@ -119,10 +95,10 @@ def test_a_dash_reads_the_prompt_from_standard_input_as_utf8(
     ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else None,
 )
 def test_bad_input_ends_in_one_sentence_and_its_exit_code(
-    folder: Path, options: list[str], code: int, sentence: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, options: list[str], code: int, sentence: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_input(monkeypatch, b"a\xff")
-    assert main(["generate", str(folder), *options]) == code
+    assert main(["generate", str(model_folder), *options]) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert sentence in err
@@ -134,7 +110,7 @@ def test_a_bad_option_is_refused_before_the_model_is_read(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("lost", ["tokenizer.json", "model.safetensors"])
-def test_an_incomplete_model_directory_is_a_failure(folder: Path, lost: str, capsys: Capture) -> None:
-    (folder / lost).unlink()
-    assert main(["generate", str(folder), "--prompt", "x"]) == 1
+def test_an_incomplete_model_directory_is_a_failure(model_folder: Path, lost: str, capsys: Capture) -> None:
+    (model_folder / lost).unlink()
+    assert main(["generate", str(model_folder), "--prompt", "x"]) == 1
     assert lost in capsys.readouterr().err

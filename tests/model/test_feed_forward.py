@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abyssal.model import Context, RouterStatistics
-from abyssal.model.feed_forward import DenseFFN, MixtureOfExperts, State
+from abyssal.model.feed_forward import DenseFFN, Gate, MixtureOfExperts, State
 from abyssal.ops.experts import expert_ffn, segmented_expert_ffn
 
 LENGTHS = (4, 1, 6)
@@ -99,9 +99,9 @@ def test_without_balance_weight_the_router_gets_the_gradient_of_the_output_alone
     torch.testing.assert_close(actual, oracle, rtol=1e-9, atol=1e-9)
 
 
-def test_the_balance_bias_is_a_float32_buffer_without_gradient(draw_config: Any, build: Any) -> None:
+def test_the_balance_bias_is_a_float32_buffer_without_gradient(draw_config: Any) -> None:
     config = draw_config(4, first_k_dense_replace=0)
-    gate = build(config, 4, torch.float32).model.layers[0].mlp.gate
+    gate = Gate(config)
     assert [name for name, _ in gate.named_parameters()] == ["weight"]
     assert gate.e_score_correction_bias.dtype == torch.float32
     assert gate.e_score_correction_bias.shape == (config.n_routed_experts,)
@@ -139,3 +139,14 @@ def test_a_dispatcher_is_replaced_without_touching_the_experts(draw_config: Any,
 
     mlp.dispatcher = Backwards()
     torch.testing.assert_close(run(mlp, hidden, Context.packed(LENGTHS)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_balancing_bias_stays_fp32_when_the_model_is_cast_down(draw_config) -> None:
+    gate = Gate(draw_config(3))
+    values = torch.randn(gate.e_score_correction_bias.shape)
+    gate.e_score_correction_bias.copy_(values)
+    gate.to(torch.bfloat16)
+    assert gate.weight.dtype == torch.bfloat16
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    assert torch.equal(gate.e_score_correction_bias, values)
+    assert gate.double().e_score_correction_bias.dtype == torch.float64

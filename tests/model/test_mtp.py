@@ -11,7 +11,9 @@ from torch import Tensor
 
 from abyssal.model import Context, RouterStatistics
 from abyssal.model.mtp import MTPBlock
-from abyssal.ops.kernels import FAST, Kernels
+from abyssal.ops.kernels import Kernels, choose_kernels
+
+FAST = choose_kernels(torch.device("cpu"), torch.float32)
 
 LENGTHS = (6, 4, 5)
 

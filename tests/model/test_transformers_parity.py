@@ -12,7 +12,9 @@ from torch import Tensor
 
 from abyssal.config import ModelConfig
 from abyssal.model import Context, Transformer
-from abyssal.ops.kernels import FAST, Kernels
+from abyssal.ops.kernels import Kernels, choose_kernels
+
+FAST = choose_kernels(torch.device("cpu"), torch.float32)
 
 transformers = pytest.importorskip("transformers", reason="the oracle of this test is an extra")
 

@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.ops.attention import Attention, attention, latent_attention, sdpa_attention
+from abyssal.ops import attention as module
+from abyssal.ops.attention import Attention, attention, blocked_attention, latent_attention, sdpa_attention
 
 LENGTHS = [(7,), (4, 4, 4), (1, 5, 3), (2, 1), (1, 1, 1)]
 WIDTHS = [(6, 3), (5, 5), (4, 7)]  # (query/key dims, value dims)
 HEADS = 2
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a few tokens and heads be several blocks, the last of each not full."""
+    monkeypatch.setattr(module._BlockedAttention, "ROWS", 3)
+    monkeypatch.setattr(module._BlockedAttention, "MATRICES", 4)
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
@@ -57,7 +65,7 @@ def run(
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("kernel", [attention, sdpa_attention])
+@pytest.mark.parametrize("kernel", [attention, sdpa_attention, blocked_attention])
 def test_attention_equals_the_definition(kernel: Attention, widths: tuple[int, int], lengths: tuple[int, ...]) -> None:
     inputs = draw(sum(lengths) + widths[0], sum(lengths), widths)
     expected = run(by_hand, inputs, lengths, torch.float64)  # type: ignore[arg-type]
@@ -68,7 +76,7 @@ def test_attention_equals_the_definition(kernel: Attention, widths: tuple[int, i
 # bf16 keeps 8 bits; the products of this size add a few roundings of 2^-9 each
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 @pytest.mark.parametrize("lengths", [(33,), (8, 8, 8), (3, 17, 9)], ids=str)
-@pytest.mark.parametrize("kernel", [attention, sdpa_attention])
+@pytest.mark.parametrize("kernel", [attention, sdpa_attention, blocked_attention])
 def test_lower_precision_is_within_tolerance(
     kernel: Attention, lengths: tuple[int, ...], dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -78,7 +86,7 @@ def test_lower_precision_is_within_tolerance(
         torch.testing.assert_close(actual, oracle, rtol=0, atol=tolerance * oracle.abs().max().item())
 
 
-@pytest.mark.parametrize("kernel", [attention, sdpa_attention])
+@pytest.mark.parametrize("kernel", [attention, sdpa_attention, blocked_attention])
 def test_large_scores_do_not_overflow(kernel: Attention) -> None:
     q, k, v, _ = draw(1, 6, (4, 3))
     out = kernel(1e3 * q, 1e3 * k, v, (6,), 1.0)
@@ -115,3 +123,23 @@ def test_latent_attention_in_lower_precision_is_within_tolerance(dtype: torch.dt
     out = latent_attention(*inputs, 32**-0.5)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())
+
+
+def test_blocked_attention_leaves_long_and_unequal_sequences_to_the_fused_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LONGEST", 5)
+    q, k, v, _ = draw(1, 12, (4, 3))
+    for lengths in ((6, 6), (5, 7)):
+        assert torch.equal(blocked_attention(q, k, v, lengths, 0.5), sdpa_attention(q, k, v, lengths, 0.5))
+
+
+def test_blocked_attention_at_its_real_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    inputs = draw(2, 2 * 170, (4, 3))
+    for ours, definition in zip(
+        run(blocked_attention, inputs, (170, 170), torch.float64),
+        run(attention, inputs, (170, 170), torch.float64),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, definition, rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from abyssal.ops import experts
 from abyssal.ops.experts import Experts, expert_ffn, segmented_expert_ffn
 
 HIDDEN, WIDTH = 5, 3
@@ -55,6 +56,13 @@ def run(kernel: Experts, inputs: Inputs, counts: tuple[int, ...], dtype: torch.d
     return [x.detach().double() for x in (out, *gradients)]
 
 
+@pytest.fixture(params=[2, 3, 64], ids="windows of {}".format)
+def _window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let windows end inside the next expert's rows, begin inside the last one's, or hold all rows there are."""
+    monkeypatch.setattr(experts._Segment, "ROUND", request.param)
+
+
+@pytest.mark.usefixtures("_window")
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("kernel", [expert_ffn, segmented_expert_ffn])
 def test_experts_equal_the_definition(kernel: Experts, counts: tuple[int, ...]) -> None:

@@ -32,12 +32,14 @@ def test_rms_norm_equals_the_definition(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(actual, oracle, rtol=1e-9, atol=1e-9)
 
 
-def test_bfloat16_mean_square_is_accumulated_in_float32() -> None:
-    """A bf16 sum of 4096 squares would stop growing at 256."""
-    x = torch.ones(1, 4096, dtype=torch.bfloat16)
-    out = rms_norm(x, torch.full((4096,), 1.5), 0.0)
+def test_bfloat16_rows_are_normed_in_float32_and_rounded_once_before_the_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 96, generator=generator).bfloat16()
+    weight = torch.randn(96, generator=generator)
+    out = rms_norm(x, weight, 1e-6)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out.float(), torch.full((1, 4096), 1.5))
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(out, exact.bfloat16() * weight.bfloat16())
 
 
 def test_zero_rows_stay_zero() -> None:

@@ -7,8 +7,10 @@ import torch
 
 from abyssal.config import ModelConfig
 from abyssal.model import Context, Transformer, initialise
-from abyssal.ops.kernels import FAST
+from abyssal.ops.kernels import choose_kernels
 from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
+
+FAST = choose_kernels(torch.device("cpu"), torch.float32)
 
 
 def double_model(config: ModelConfig) -> Transformer:

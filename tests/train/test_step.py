@@ -10,9 +10,11 @@ import torch
 from abyssal.config import ModelConfig, RunConfig, load_recipe
 from abyssal.errors import TrainingError
 from abyssal.model import Transformer, initialise
-from abyssal.ops.kernels import FAST
+from abyssal.ops.kernels import choose_kernels
 from abyssal.train.optimizer import build_optimizer, clip_gradients
 from abyssal.train.step import train_step
+
+FAST = choose_kernels(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture

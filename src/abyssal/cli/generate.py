@@ -16,23 +16,27 @@ if TYPE_CHECKING:
     from abyssal.engine import FinishReason, SamplingParameters
     from abyssal.engine.generation_config import GenerationDefaults
 
-Model = Annotated[Path, typer.Argument(help="Model directory: config.json, safetensors, tokenizer.json.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL_DIR", help="A folder with config.json, safetensors and tokenizer.json.")
+]
 Prompt = Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens to add.", show_default="the model's, else 128")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Add at most so many tokens.", show_default="the model's, else 128")
+]
 Temperature = Annotated[
     float | None,
     typer.Option(help="Divides the logits; 0 takes the likeliest token.", show_default="the model's, else 0.6"),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Smallest set of tokens with this probability.", show_default="the model's, else 0.95"),
+    typer.Option(help="Keep the likeliest tokens that reach this probability.", show_default="the model's, else 0.95"),
 ]
 TopK = Annotated[
-    int | None, typer.Option(help="The likeliest so many tokens; 0 is all.", show_default="the model's, else 0")
+    int | None, typer.Option(help="Keep so many of the likeliest tokens; 0: all.", show_default="the model's, else 0")
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default="a new one")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")]
-DType = Annotated[str, typer.Option(help="auto (16 bits if stored so), float32 or bfloat16.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
+DType = Annotated[str, typer.Option(help="auto (bfloat16 where the files hold 16 bits), float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>.")]
 Bos = Annotated[bool, typer.Option("--bos/--no-bos", help="Whether the prompt starts with the BOS token.")]
 
@@ -51,7 +55,14 @@ def generate(
     device: Device = "cpu",
     bos: Bos = True,
 ) -> None:
-    """Continue a prompt, streaming the text to standard output and a summary to standard error."""
+    """Continue a prompt with a model: the text to standard output, a summary to standard error.
+
+    The model directory is one of ours, or anybody's in Hugging Face's deepseek_v3 format. Examples:
+
+        abyssal generate runs/demo/model --prompt 'class Stack:'
+        abyssal generate runs/demo/model --prompt - --max-new-tokens 40 --stop 'def ' < main.py
+    """
+    from abyssal.cli.model_argument import refuse_run_folder
     from abyssal.engine import SamplingParameters, load_model, new_token_limit, stream_text
 
     asked = {
@@ -64,6 +75,7 @@ def generate(
     }
     given = {name: value for name, value in asked.items() if value is not None}
     SamplingParameters(**given)  # type: ignore[arg-type] # refuse a bad option before minutes of loading
+    refuse_run_folder(model)
     text = _standard_input() if prompt == "-" else prompt
     loaded = load_model(model, dtype=dtype, device=device)
     parameters = _with_defaults(loaded.defaults, given)

@@ -22,18 +22,28 @@ def inspect(
         str, typer.Argument(metavar="RECIPE|MODEL_DIR", help="A recipe, or a folder with a config.json.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe.")
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, all figures exact.")] = False,
 ) -> None:
-    """Show parameters, FLOPs and cache of a model, and the schedule of a run."""
+    """Show parameters, FLOPs and cache of a model, and the schedules of a run; nothing is trained or loaded.
+
+    Examples:
+
+        abyssal inspect v3_671b
+        abyssal inspect demo --set model.num_hidden_layers=8
+        abyssal inspect runs/demo/model --json
+    """
     from rich.console import Console
 
-    from abyssal.config import ModelConfig, load_recipe
+    from abyssal.cli.model_argument import refuse_run_folder
+    from abyssal.config import ModelConfig, load_recipe, packaged_recipes
     from abyssal.errors import UsageError
 
     run: RunConfig | None = None
-    if Path(target).is_dir():
+    if Path(target).is_dir() and target not in packaged_recipes():
+        refuse_run_folder(Path(target))
         if overrides:
             raise UsageError(f"--set {overrides[0]}: only a recipe can be changed, but {target} is a model directory")
         model = ModelConfig.from_json(Path(target) / "config.json")

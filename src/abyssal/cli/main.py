@@ -38,7 +38,10 @@ def abyssal(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """The DeepSeek-V3 system: model, training, generation, and the plan of what they cost."""
+    """The DeepSeek-V3 system: model, training, generation, and the plan of what they cost.
+
+    Begin with: abyssal demo
+    """
 
 
 def main(arguments: Sequence[str]) -> int:

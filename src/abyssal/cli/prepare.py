@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,18 +19,18 @@ def prepare(
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that tokenize; 0: one a core.")] = 0,
 ) -> None:
-    """Make the data folder of a recipe; train on it with --set data.folder=DIR.
+    """Make tokenizer and shards of a recipe without training, for one run or several.
 
-    Example:
+    A run uses them with --set data.folder=DIR; its recipe must name the same documents. Example:
 
-        abyssal prepare demo --set 'data.corpus=["my/texts"]' --out my-data
+        abyssal prepare demo --set 'data.corpus=["my/code"]' --out my-data
     """
-    import os
-
     from rich.console import Console
 
+    from abyssal.cli.program import program
     from abyssal.config import load_recipe
     from abyssal.data.prepare import prepare as prepare_data
+    from abyssal.machine.describe import available_cores
 
     config = load_recipe(recipe, overrides or [])
     manifest = prepare_data(
@@ -37,13 +39,16 @@ def prepare(
         config.model.vocab_size,
         out,
         seed=config.seed,
-        workers=workers or os.cpu_count() or 1,
-        progress=True,
+        workers=workers or available_cores(),
+        progress=sys.stderr.isatty(),
     )
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for name, split in manifest.splits.items():
         console.print(
             f"{name:>10}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens",
-            highlight=False,
         )
-    console.print(f"in {out}; train on it with --set data.folder={out}", highlight=False)
+    left_out = ", ".join(f"{number:,} {why}" for why, number in manifest.dropped if number)
+    if left_out:
+        console.print(f"{'left out':>10}: {left_out}")
+    changes = [word for change in (*(overrides or []), f"data.folder={out}") for word in ("--set", change)]
+    console.print(f"\ntrain on it: {program()} {shlex.join(['train', recipe, *changes])}")

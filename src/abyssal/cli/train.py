@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,33 +20,53 @@ def train(
         typer.Option("--out", metavar="DIR", help="The run's folder.", show_default="runs/ and the recipe's name"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run in that folder.")
+        bool,
+        typer.Option("--resume", help="Go on from the newest checkpoint in that folder, with the recipe stored there."),
     ] = False,
 ) -> None:
     """Train a model: prepare the data, run every step, and write a model directory.
 
-    A run that was interrupted goes on with --resume, as if nothing had happened. Examples:
+    A run that was interrupted goes on with --resume, to the same losses as without the interruption. Examples:
 
         abyssal train demo
-        abyssal train demo --set 'data.corpus=["my/texts"]' --out runs/mine
+        abyssal train demo --set 'data.corpus=["my/code"]' --out runs/mine
         abyssal train demo --out runs/mine --resume
     """
     from rich.console import Console
 
+    from abyssal.cli.program import program
     from abyssal.config import load_recipe
     from abyssal.errors import UsageError
+    from abyssal.train.run_folder import RunFolder
+
+    config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
     from abyssal.train import loop
 
-    config = load_recipe(recipe, overrides or [])
-    folder = out or Path("runs") / config.name
+    folder = RunFolder(out or Path("runs") / config.name)
     console = Console()
-    if resume:
-        if overrides:
+    try:
+        if not resume:
+            model = loop.start(config, folder.path, console)
+        elif overrides:
             raise UsageError(
                 f"--set {overrides[0]}: a resumed run keeps the recipe it was started with; leave --set out"
             )
-        model = loop.resume(folder, console)
-    else:
-        model = loop.start(config, folder, console)
-    console.print(f"\nmodel directory: [bold]{model}[/bold]", highlight=False)
-    console.print(f"try it: abyssal generate {model} --prompt 'def '", highlight=False)
+        else:
+            stored = folder.resolved_config()
+            console.print(
+                f"going on with {folder.recipe}, the recipe {stored.name!r} that this run was started with",
+                highlight=False,
+                markup=False,
+            )
+            model = loop.resume(folder.path, console)
+    except KeyboardInterrupt:
+        again = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
+        went_far = folder.recipe.is_file()  # written before the first step
+        typer.echo(
+            f"\ninterrupted; go on with: {again} --resume" if went_far else "\ninterrupted before the first step",
+            err=True,
+        )
+        raise
+    shown = Console(highlight=False, soft_wrap=True, markup=False)
+    shown.print(f"\nmodel directory: {model}")
+    shown.print(f"try it: {program()} {shlex.join(['generate', str(model), '--prompt', 'def '])}")

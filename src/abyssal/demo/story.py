@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 from pathlib import Path
 
 import torch
@@ -10,8 +12,9 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from abyssal.config import RunConfig
+from abyssal.data.corpus import STDLIB
 from abyssal.data.shards import Shards
-from abyssal.engine import SamplingParameters, load_model, stream_text
+from abyssal.engine import LoadedModel, SamplingParameters, load_model, stream_text
 from abyssal.plan import count_parameters
 from abyssal.train import loop
 from abyssal.train.evaluation import score_documents
@@ -25,48 +28,97 @@ PROMPTS = (
 SAMPLING = SamplingParameters(max_new_tokens=96, temperature=0.6, top_p=0.95, seed=0)
 
 
-def run_demo(config: RunConfig, path: Path, console: Console) -> None:
-    """Train the demo (or go on with it, where it was interrupted), score it, and let it complete some code."""
+def run_demo(config: RunConfig, path: Path, console: Console, program: str = "abyssal") -> None:
+    """Train the demo (or go on with it, where it was interrupted), score it, and let it complete some code.
+
+    Args:
+        config: of a new run; one that stands in `path` keeps its own.
+        path: the run's folder.
+        console: where the story is told.
+        program: how the reader calls this program.
+    """
     folder = RunFolder(path)
-    count = count_parameters(config.model)
-    console.print(
-        f"[bold]Abyssal[/bold]: training a DeepSeek-V3 of {count.total / 1e6:.1f}M parameters "
-        f"({count.activated / 1e6:.1f}M activated a token) on this machine's Python standard library.\n"
-        f"Everything goes to {path}; Ctrl-C stops, the same command goes on.\n",
-        highlight=False,
-    )
-    if (folder.model / "config.json").is_file():
-        console.print(f"The run in {path} is finished; remove that folder to train again.\n", highlight=False)
+    begun = folder.recipe.is_file()
+    introduce(folder.resolved_config() if begun else config, path, console)
+    if begun and (folder.model / "config.json").is_file():
+        console.print(f"The run in {escape(str(path))} is finished; remove that folder to train again.")
         model_dir = folder.model
-    elif folder.recipe.is_file():
+    elif begun:
         model_dir = loop.resume(path, console)
     else:
         model_dir = loop.start(config, path, console)
-    show(model_dir, folder, console)
+    loaded = prepare_model(model_dir, folder.resolved_config())
+    show_score(loaded, folder, console)
+    show_completions(loaded, console)
+    show_commands(model_dir, console, program)
 
 
-def show(model_dir: Path, folder: RunFolder, console: Console) -> None:
-    """Score the model on the held-out files, print its completions and the commands that come next."""
-    run = folder.resolved_config()
-    torch.set_num_threads(run.train.threads)
-    loaded = load_model(model_dir)
-    heldout, length = Shards.open(folder.data(run), "heldout"), run.train.sequence_length
-    score = score_documents(loaded.model, heldout, length, run.train.micro_batch_size * length)
+def introduce(config: RunConfig, path: Path, console: Console) -> None:
+    """Print what will be trained, on what, and where it goes."""
+    count = count_parameters(config.model)
+    corpus = ", ".join("this machine's Python standard library" if c == STDLIB else c for c in config.data.corpus)
     console.print(
-        f"\n[bold]{score.bits_per_byte:.3f} bits per byte[/bold] on {heldout.documents} files it has never seen "
-        f"({score.bytes:,} bytes).\n",
+        f"[bold]Abyssal[/bold] trains a DeepSeek-V3 of {count.total / 1e6:.1f}M parameters "
+        f"({count.activated / 1e6:.1f}M activated a token), and {count.mtp.total / 1e6:.1f}M more for multi-token "
+        f"prediction, on {escape(corpus)}. Everything goes to {escape(str(path))}. "
+        "Ctrl-C stops; the same command goes on.\n",
+        highlight=False,
+    )
+
+
+def prepare_model(model_dir: Path, run: RunConfig) -> LoadedModel:
+    """Load what the run has written, as anybody would, on the run's threads."""
+    torch.set_num_threads(run.train.threads)
+    return load_model(model_dir)
+
+
+def show_score(loaded: LoadedModel, folder: RunFolder, console: Console) -> None:
+    """Score the model on the held-out files, beside what general compressors need for the same text."""
+    run = folder.resolved_config()
+    heldout, length = Shards.open(folder.data(run), "heldout"), run.train.sequence_length
+    if not heldout.documents:
+        console.print("\nNo document of this corpus was held out, so there is no score on unseen text.")
+        return
+    score = score_documents(loaded.model, heldout, length, run.train.micro_batch_size * length)
+    texts = (loaded.tokenizer.decode(heldout.document(n).tolist()) for n in range(heldout.documents))
+    text = "".join(texts).encode()
+    console.print(
+        f"\nBits per byte on {heldout.documents:,} files that it has never seen ({score.bytes:,} bytes); "
+        "less is better:\n"
+        f"  [bold]{score.bits_per_byte:5.3f}[/bold]  this model\n"
+        f"  {8 * len(lzma.compress(text, preset=9)) / len(text):5.3f}  xz -9, for comparison, on these files alone\n"
+        f"  {8 * len(gzip.compress(text, 9)) / len(text):5.3f}  gzip -9\n",
+        highlight=False,
+    )
+
+
+def show_completions(loaded: LoadedModel, console: Console) -> None:
+    """Continue the prompts, which are printed dim."""
+    console.print(
+        f"What it makes of a few beginnings (sampled at temperature {SAMPLING.temperature:g}); "
+        "so small a model knows the form of Python, not its meaning:",
         highlight=False,
     )
     for prompt in PROMPTS:
         chunks = stream_text(loaded, loaded.encode_prompt(prompt), SAMPLING)
         text = "".join(chunk.text for chunk in chunks)
         console.print(Panel(f"[dim]{escape(prompt)}[/dim]{escape(text)}", expand=False), highlight=False)
+
+
+def show_commands(model_dir: Path, console: Console, program: str) -> None:
+    """Print the commands that come next, whole, so that they can be pasted."""
     console.print(
         f"""
 What comes next:
-  abyssal generate {model_dir} --prompt 'class Stack:'       complete your own code
-  abyssal train demo --out runs/mine --set 'data.corpus=["my/project"]'    train on your own text
-  abyssal inspect v3_671b                                    the same architecture at its full size
+
+  {program} generate {model_dir} --prompt 'class Stack:'
+      lets it complete your own beginning
+  {program} train demo --out runs/mine --set 'data.corpus=["my/code"]'
+      trains on your own Python files (others: see docs/data.md)
+  {program} inspect v3_671b
+      shows the same architecture at its full size
 """,
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )

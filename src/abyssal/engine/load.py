@@ -14,7 +14,7 @@ from abyssal.engine.generate import use_latent_cache
 from abyssal.engine.generation_config import GenerationDefaults, read_generation_defaults
 from abyssal.errors import ModelDirectoryError, UsageError, nearest
 from abyssal.model import Transformer
-from abyssal.ops.kernels import FAST
+from abyssal.ops.kernels import choose_kernels
 from abyssal.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -109,7 +109,7 @@ def _materialise(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     Built on the meta device first, so that nothing is ever allocated in another precision.
     """
     with torch.device("meta"):
-        model = Transformer(config, FAST, compute_dtype=dtype)
+        model = Transformer(config, choose_kernels(device, dtype), compute_dtype=dtype)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))

@@ -15,6 +15,8 @@ Legend: T packed tokens, D hidden, E routed experts, K experts a token, M = T * 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +77,15 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """Follow `.to(device)` and `.to(dtype)`, but never below fp32: a rounded bias chooses other experts."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self.e_score_correction_bias
+        if moved.dtype.itemsize < 4:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
 
 
 class StackedExperts(nn.Module):

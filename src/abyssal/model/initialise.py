@@ -20,8 +20,9 @@ def generator_for(seed: int, name: str, index: int = 0) -> torch.Generator:
 def initialise(model: Transformer, seed: int) -> Transformer:
     """Fill every parameter in place: norms with 1, the balancing bias with 0, the rest from N(0, initializer_range).
 
-    Each matrix, and each expert of a stack, draws in fp32 on the CPU from a generator of its own, so ranks that hold
-    different experts, devices and dtypes start from the same numbers. Paper: §4.2 (standard deviation 0.006).
+    Each matrix, and each expert of a stack, draws in fp32 on the CPU from a generator of its own (`generator_for`), so
+    every device and dtype, and whoever holds only some of the experts, starts from the same numbers. Stacks are taken
+    to begin with expert 0. Paper: §4.2 (standard deviation 0.006).
     """
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():

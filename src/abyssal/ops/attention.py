@@ -7,10 +7,13 @@ R rotary dims.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+LONGEST = 1024  # tokens a sequence up to which `blocked_attention` keeps the probabilities
 
 Attention = Callable[[Tensor, Tensor, Tensor, Sequence[int], float], Tensor]
 
@@ -58,6 +61,73 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scal
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [T, H, V]
 
 
+class _BlockedAttention(torch.autograd.Function):
+    """Attention of equally long sequences in blocks of query rows, with the probabilities kept for the backward.
+
+    A block of rows multiplies only the keys up to its own end. Products are matrix products in q's dtype; the softmax
+    and the sums over blocks are in at least fp32.
+    """
+
+    ROWS = 128  # a block's scores, over MATRICES matrices, stay in the cache
+    MATRICES = 32
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [n, S, K], [n, S, K], [n, S, V]
+        length, rows = q.shape[1], _BlockedAttention.ROWS
+        out = torch.empty_like(v)
+        future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+        kept = []
+        for i in range(0, q.shape[0], _BlockedAttention.MATRICES):
+            part = slice(i, i + _BlockedAttention.MATRICES)
+            for a in range(0, length, rows):
+                b = min(a + rows, length)
+                scores = torch.bmm(q[part, a:b], k[part, :b].transpose(1, 2))  # [m, rows, b]
+                scores[:, :, a:].masked_fill_(future[: b - a, : b - a], float("-inf"))
+                p = scores.mul_(scale).softmax(-1)
+                out[part, a:b] = torch.bmm(p, v[part, :b])
+                kept.append(p)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        length, rows = q.shape[1], _BlockedAttention.ROWS
+        grad, wide = grad.contiguous(), torch.promote_types(q.dtype, torch.float32)
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        probabilities = iter(kept)
+        for i in range(0, q.shape[0], _BlockedAttention.MATRICES):
+            part = slice(i, i + _BlockedAttention.MATRICES)
+            k_sum = torch.zeros_like(k[part], dtype=wide)
+            v_sum = torch.zeros_like(v[part], dtype=wide)
+            delta = (grad[part] * out[part]).sum(-1, keepdim=True, dtype=wide).to(q.dtype)  # [m, S, 1]
+            for a in range(0, length, rows):
+                b = min(a + rows, length)
+                p = next(probabilities)  # [m, rows, b]
+                v_sum[:, :b] += torch.bmm(p.transpose(1, 2), grad[part, a:b])
+                d_p = torch.bmm(grad[part, a:b], v[part, :b].transpose(1, 2))
+                d_scores = d_p.sub_(delta[:, a:b]).mul_(p).mul_(ctx.scale)
+                d_q[part, a:b] = torch.bmm(d_scores, k[part, :b])
+                k_sum[:, :b] += torch.bmm(d_scores.transpose(1, 2), q[part, a:b])
+            d_k[part], d_v[part] = k_sum, v_sum
+        return d_q, d_k, d_v, None
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """`attention` by plain matrix products, for the short, equally long sequences that a CPU trains on.
+
+    Scores are rounded to q's dtype before the softmax. Sequences beyond `LONGEST` tokens, whose probabilities would
+    not be worth keeping, and unequal ones go to `sdpa_attention`. First derivatives only.
+    """
+    if len(set(lengths)) > 1 or lengths[0] > LONGEST:
+        return sdpa_attention(q, k, v, lengths, scale)
+    heads, value_dim = v.shape[1], v.shape[2]
+    q_m, k_m, v_m = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [n*H, t, .]
+    o: Tensor = _BlockedAttention.apply(q_m, k_m, v_m, scale)  # type: ignore[no-untyped-call]
+    return o.view(len(lengths), heads, -1, value_dim).transpose(1, 2).flatten(0, 1)  # [T, H, V]
+
+
 def latent_attention(
     q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, scale: float
 ) -> Tensor:  # [t, H, C]
@@ -75,10 +145,10 @@ def latent_attention(
     Paper: §2.1.1 eq. 10, with W_UK and W_UV absorbed into query and output as DeepSeek-V2 describes.
     """
     t, s = q_latent.shape[0], c_kv.shape[0]
-    queries = torch.cat((q_latent, q_rope), -1)  # [t, H, C+R]
-    keys = torch.cat((c_kv, k_rope), -1)  # [S, C+R]
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    scores = (queries.flatten(0, 1) @ keys.T).view(t, -1, s).to(wide) * scale  # [t, H, S]
+    wide = torch.promote_types(q_latent.dtype, torch.float32)
+    queries = torch.cat((q_latent, q_rope), -1).to(wide)  # [t, H, C+R]
+    keys = torch.cat((c_kv, k_rope), -1).to(wide)  # [S, C+R]
+    scores = (queries.flatten(0, 1) @ keys.T).view(t, -1, s) * scale  # [t, H, S]
     future = torch.ones(t, s, dtype=torch.bool, device=c_kv.device).triu(s - t + 1)
     weights = scores.masked_fill(future[:, None], float("-inf")).softmax(-1).to(c_kv.dtype)
     return (weights.flatten(0, 1) @ c_kv).view_as(q_latent)

@@ -31,12 +31,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradients chunk by chunk, so that only `rows` x V logits exist at a time.
+    """Loss and gradients in chunks of tokens, so that at most VALUES logits exist at a time.
 
-    The gradients are made in the forward pass, while the logits are there, and scaled in the backward.
+    The gradients are made in the forward pass, while the logits are there, and scaled in the backward. The softmax
+    goes over a few rows at a time, so that its fp32 values stay in the cache.
     """
 
-    ROWS = 1024
+    ROWS, VALUES = 1024, 1 << 25  # tokens, and tokens times V, of a chunk at most
+    SOFTMAX_VALUES = 1 << 18
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -46,20 +48,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for a in range(0, hidden.shape[0], _ChunkedCrossEntropy.ROWS):
-            h, target = hidden[a : a + _ChunkedCrossEntropy.ROWS], targets[a : a + _ChunkedCrossEntropy.ROWS]
-            logits = torch.mm(h, head.T).to(wide)  # [rows, V]
-            log_p = F.log_softmax(logits, -1)
-            total -= log_p.gather(1, target[:, None]).sum()
-            if d_hidden is None and d_weight is None:
-                continue
-            d_logits = log_p.exp_()
-            d_logits[torch.arange(len(target), device=target.device), target] -= 1.0
-            d_logits = d_logits.to(hidden.dtype)
+        few = max(1, _ChunkedCrossEntropy.SOFTMAX_VALUES // weight.shape[0])
+        rows = min(_ChunkedCrossEntropy.ROWS, max(1, _ChunkedCrossEntropy.VALUES // weight.shape[0]), len(hidden))
+        buffer = hidden.new_empty(rows, weight.shape[0])  # written again by each chunk: a new one would fault each page
+        for a in range(0, len(hidden), rows or 1):
+            h, target = hidden[a : a + rows], targets[a : a + rows]
+            logits = torch.mm(h, head.T, out=buffer[: len(h)])  # [rows, V], becomes its own gradient
+            for part, t in zip(logits.split(few), target.split(few), strict=True):
+                log_p = part.log_softmax(-1, dtype=wide)
+                total -= log_p.gather(1, t[:, None]).sum()
+                if need_hidden or need_weight:
+                    p = log_p.exp_()
+                    p.scatter_add_(1, t[:, None], p.new_full((1, 1), -1.0).expand(len(t), 1))
+                    part.copy_(p)
             if d_hidden is not None:
-                torch.mm(d_logits, head, out=d_hidden[a : a + len(target)])
+                torch.mm(logits, head, out=d_hidden[a : a + len(h)])
             if d_weight is not None:
-                d_weight += torch.mm(d_logits.T, h)
+                d_weight += torch.mm(logits.T, h)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total

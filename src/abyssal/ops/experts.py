@@ -5,9 +5,10 @@ Legend: M rows, D hidden, E experts, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,46 @@ def expert_ffn(rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, d
     return torch.cat(outputs)
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """One expert's rows a..b, inside a window of rows whose number is a multiple of `ROUND`.
+
+    The CPU's matrix library builds a kernel for every row count it has not met, and loads change at every step; so
+    products are taken over the window, whose other rows belong to neighbours and are written again, or cleared.
+    """
+
+    expert: int
+    a: int
+    b: int
+    start: int
+    end: int
+
+    ROUND: ClassVar[int] = 64
+
+    def clear_neighbours(self, window: Tensor) -> Tensor:
+        """Zero the rows of `window` [end - start, ...] that are not this expert's, in place."""
+        window[: self.a - self.start].zero_()
+        window[self.b - self.start :].zero_()
+        return window
+
+    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Put rows a..b of left @ right into `out` [M, ...]; may spoil rows after b, which are written later."""
+        if self.start == self.a:
+            torch.mm(left, right, out=out[self.a : self.end])
+        else:
+            out[self.a : self.b] = torch.mm(left, right)[self.a - self.start : self.b - self.start]
+
+
+def _segments(counts: Tensor) -> Iterator[_Segment]:
+    """Yield the experts that have rows, in order; a window that would pass the last row starts earlier instead."""
+    bounds = [0, *counts.cumsum(0).tolist()]
+    for expert, (a, b) in enumerate(pairwise(bounds)):
+        if a < b:
+            size = min(-(-(b - a) // _Segment.ROUND) * _Segment.ROUND, bounds[-1])
+            start = min(a, bounds[-1] - size)
+            yield _Segment(expert, a, b, start, start + size)
+
+
 class _SegmentedExperts(torch.autograd.Function):
     """One pass over the segments forward and one backward.
 
@@ -50,18 +91,18 @@ class _SegmentedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        bounds = [0, *counts.cumsum(0).tolist()]
         gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)
+        segments = list(_segments(counts))
         pre = rows.new_empty(rows.shape[0], gate_up.shape[1])  # [M, 2F]
         out = torch.empty_like(rows)
-        for expert, (a, b) in enumerate(pairwise(bounds)):
-            if a < b:
-                torch.mm(rows[a:b], gate_up[expert].T, out=pre[a:b])
-                gate, up = pre[a:b].to(weights.dtype).chunk(2, -1)
-                hidden = F.silu(gate).mul_(up).mul_(weights[a:b, None])
-                torch.mm(hidden.to(rows.dtype), down[expert].T, out=out[a:b])
+        for s in segments:
+            s.product(rows[s.start : s.end], gate_up[s.expert].T, out=pre)
+        for s in segments:
+            gate, up = pre[s.start : s.end].to(weights.dtype).chunk(2, -1)
+            hidden = F.silu(gate).mul_(up).mul_(weights[s.start : s.end, None])
+            s.product(hidden.to(rows.dtype), down[s.expert].T, out=out)
         ctx.save_for_backward(rows, weights, pre, gate_up, down)
-        ctx.bounds = bounds
+        ctx.segments = segments
         return out
 
     @staticmethod
@@ -69,26 +110,26 @@ class _SegmentedExperts(torch.autograd.Function):
         rows, weights, pre, gate_up, down = ctx.saved_tensors
         d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
         d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        width = down.shape[-1]
-        for expert, (a, b) in enumerate(pairwise(ctx.bounds)):
-            if a == b:
-                d_gate_up[expert].zero_()
-                d_down[expert].zero_()
-                continue
-            w = weights[a:b, None]
-            gate, up = pre[a:b].to(weights.dtype).chunk(2, -1)
+        idle = set(range(len(down))) - {s.expert for s in ctx.segments}
+        for expert in idle:
+            d_gate_up[expert].zero_()
+            d_down[expert].zero_()
+        for s in ctx.segments:
+            window = slice(s.start, s.end)
+            w, dy = weights[window, None], grad[window]
+            gate, up = pre[window].to(weights.dtype).chunk(2, -1)
             activated = F.silu(gate)
             product = activated * up
-            dy = grad[a:b]
-            torch.mm(dy.T, (product * w).to(rows.dtype), out=d_down[expert])
-            d_hidden = torch.mm(dy, down[expert]).to(weights.dtype)  # [m, F]
-            d_weights[a:b] = (d_hidden * product).sum(-1)
+            torch.mm(dy.T, s.clear_neighbours((product * w).to(rows.dtype)), out=d_down[s.expert])
+            d_hidden = torch.mm(dy, down[s.expert]).to(weights.dtype)  # [m, F]
+            d_weights[s.a : s.b] = product.mul_(d_hidden).sum(-1)[s.a - s.start : s.b - s.start]
             d_product = d_hidden.mul_(w)
-            d_pre = rows.new_empty(b - a, 2 * width)
-            d_pre[:, width:] = d_product * activated
-            d_pre[:, :width] = torch.ops.aten.silu_backward(d_product.mul_(up), gate)
-            torch.mm(d_pre.T, rows[a:b], out=d_gate_up[expert])
-            torch.mm(d_pre, gate_up[expert], out=d_rows[a:b])
+            d_pre = torch.empty_like(pre[window])  # [m, 2F]
+            d_gate, d_up = d_pre.chunk(2, -1)
+            d_up.copy_(d_product * activated)
+            d_gate.copy_(torch.ops.aten.silu_backward(d_product.mul_(up), gate))
+            torch.mm(s.clear_neighbours(d_pre).T, rows[window], out=d_gate_up[s.expert])
+            s.product(d_pre, gate_up[s.expert], out=d_rows)
         return d_rows, d_weights, None, d_gate_up, d_down
 
 

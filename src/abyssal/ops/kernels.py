@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from abyssal.ops.attention import Attention, attention, sdpa_attention
+import torch
+
+from abyssal.ops.attention import Attention, attention, blocked_attention, sdpa_attention
 from abyssal.ops.cross_entropy import CrossEntropy, chunked_linear_cross_entropy, linear_cross_entropy
 from abyssal.ops.experts import Experts, expert_ffn, segmented_expert_ffn
 
@@ -22,5 +25,27 @@ class Kernels:
         return {field.name: getattr(self, field.name).__name__ for field in fields(self)}
 
 
-#: The fast versions; all of them serve every device and dtype that torch computes in.
-FAST = Kernels(sdpa_attention, segmented_expert_ffn, chunked_linear_cross_entropy)
+Version = Callable[..., torch.Tensor]
+
+#: The versions of each operation, the fastest first; the definition comes last and serves everywhere.
+VERSIONS: dict[str, tuple[Version, ...]] = {
+    "attention": (blocked_attention, sdpa_attention, attention),
+    "experts": (segmented_expert_ffn, expert_ffn),
+    "cross_entropy": (chunked_linear_cross_entropy, linear_cross_entropy),
+}
+
+
+def why_not(version: Version, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why `version` is not the one for this device and dtype, or None where it can be."""
+    if version is blocked_attention and (device.type != "cpu" or dtype != torch.bfloat16):
+        return "made for bfloat16 on a CPU; elsewhere torch's fused attention is faster"
+    return None
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Return the first version of each operation that nothing speaks against."""
+    chosen = {
+        operation: next(version for version in versions if why_not(version, device, dtype) is None)
+        for operation, versions in VERSIONS.items()
+    }
+    return Kernels(**chosen)

@@ -18,7 +18,7 @@ from abyssal.train.optimizer import build_optimizer
 from abyssal.train.progress import Progress
 from abyssal.train.reporter import Reporter
 from abyssal.train.run_folder import RunFolder
-from abyssal.train.setup import build_model, decide, peak_flops
+from abyssal.train.setup import build_model, decide, peak_flops, settle
 from abyssal.train.step import train_step
 
 
@@ -45,7 +45,7 @@ def resume(path: Path, console: Console) -> Path:
     """
     folder = RunFolder(path)
     config = folder.resolved_config()
-    torch.set_num_threads(config.train.threads)
+    settle(config.train.threads)
     return _train(config, folder, reopen_inputs(config, folder.data(config), console), console)
 
 

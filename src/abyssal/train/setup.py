@@ -11,9 +11,10 @@ from abyssal.checkpoint.model_directory import load_into, read_model_directory
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError
 from abyssal.machine.describe import available_cores
+from abyssal.machine.memory import keep_freed_memory
 from abyssal.machine.probe import choose_compute_dtype, measure
 from abyssal.model import Transformer, initialise
-from abyssal.ops.kernels import FAST
+from abyssal.ops.kernels import choose_kernels
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.step import train_step
 
@@ -28,7 +29,7 @@ def build_model(config: RunConfig, device: torch.device) -> Transformer:
     """
     dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
     with torch.device("meta"):
-        model = Transformer(config.model, FAST, compute_dtype=dtype)
+        model = Transformer(config.model, choose_kernels(device, dtype), compute_dtype=dtype)
     model.to(torch.promote_types(dtype, torch.float32))
     model.to_empty(device=device)
     initialise(model, config.seed)
@@ -48,6 +49,12 @@ def _continue_from(model: Transformer, path: Path, wanted: ModelConfig) -> None:
     load_into(model, reader, allow_missing_mtp=True)
 
 
+def settle(threads: int) -> None:
+    """Set what holds for the whole process: threads, and an allocator that keeps the step's memory."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
 def decide(config: RunConfig, device: torch.device) -> tuple[RunConfig, list[str]]:
     """Fill in what the recipe leaves to the machine: compute dtype, threads, and tokens where a time is given.
 
@@ -55,7 +62,7 @@ def decide(config: RunConfig, device: torch.device) -> tuple[RunConfig, list[str
         The resolved config, which gives the same run wherever it is used again, and a sentence for each decision.
     """
     threads = config.train.threads or available_cores()
-    torch.set_num_threads(threads)
+    settle(threads)
     updates: dict[str, object] = {"threads": threads}
     sentences = [f"threads: {threads}"]
     if config.train.compute_dtype == "auto":

@@ -1,0 +1,33 @@
+"""`abyssal doctor`: this machine, and what a model would run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from abyssal.machine import probe
+from abyssal.machine.describe import describe_machine
+from abyssal.ops.kernels import choose_kernels
+
+
+def test_machine_choice_and_versions_are_shown(abyssal: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*, device: str) -> probe.MachineSpeed:
+        return probe.MachineSpeed(device, 3, {torch.float32: 100.0, torch.bfloat16: 250.0})
+
+    monkeypatch.setattr(probe, "measure", measured)
+    result = abyssal("doctor")
+    assert (result.code, result.err) == (0, "")
+    rows = {line.split(maxsplit=1)[0]: line for line in result.out.splitlines() if line.strip()}
+    assert describe_machine().torch in rows["torch"]
+    assert "float32 100, bfloat16 250 GFLOP/s; bfloat16 is 2.50 times float32" in rows["compute"]
+    for operation, version in choose_kernels(torch.device("cpu"), torch.bfloat16).describe().items():
+        assert version in rows[operation.split("_")[0]]
+
+
+def test_an_argument_is_refused(abyssal: Callable[..., Any]) -> None:
+    result = abyssal("doctor", "demo")
+    assert (result.code, result.out) == (2, "")
+    assert "unexpected extra argument" in result.err
