@@ -31,6 +31,7 @@ from record import record
 from shapes import SHAPES
 
 Step = Callable[[], None]
+WARM_UP_STEPS = 3
 
 
 def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
@@ -79,9 +80,9 @@ def transformers_step(config: ModelConfig, windows: torch.Tensor, experts: str, 
 
 
 def measure_in_turns(makers: dict[str, Callable[[], Step]], rounds: int, tokens: int) -> dict[str, list[float]]:
-    """Time one step of each candidate in turn, `rounds` times, each after a first step that is not counted.
+    """Time one step of each candidate in turn, `rounds` times, each after some first steps that are not counted.
 
-    The first step allocates, and lets the matrix library choose its code. Candidates stay in memory, so that no round
+    The first steps allocate, and let the matrix library build the code for the sizes they meet. Candidates stay in memory, so that no round
     pays for building; one that is twice as slow as the fastest of its kind is dropped after two rounds.
     """
     times: dict[str, list[float]] = {}
@@ -89,7 +90,8 @@ def measure_in_turns(makers: dict[str, Callable[[], Step]], rounds: int, tokens:
     for name, make in makers.items():
         try:
             step = make()
-            step()
+            for _ in range(WARM_UP_STEPS):
+                step()
         except RuntimeError as error:
             print(f"{name}: failed: {str(error).splitlines()[0]}", flush=True)
             continue

@@ -111,6 +111,13 @@ def test_a_model_directory_cannot_be_overridden(run, model_dir):
     assert "only a recipe can be changed" in err
 
 
+def test_a_recipes_name_means_the_recipe_whatever_folders_are_there(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert run("inspect", "demo")[0] == 0
+    assert run("inspect", "./demo")[0] == 2
+
+
 def test_recipes_lists_every_recipe_with_its_size(run):
     code, out, _ = run("recipes")
     lines = {line.split()[0]: line for line in out.splitlines()[1:]}
@@ -133,7 +140,7 @@ def test_a_schedule_in_words():
     )
     assert describe_schedule(schedule) == (
         "0.5, linear to 2 at 10% of the run, constant until 25% of the run, 1 until 50% of the run, "
-        "cosine to 0 at 100% of the run"
+        "cosine to 0 at the end"
     )
     assert describe_schedule(Schedule(start=3)) == "3"
 

@@ -60,7 +60,7 @@ def generate(
     The model directory is one of ours, or anybody's in Hugging Face's deepseek_v3 format. Examples:
 
         abyssal generate runs/demo/model --prompt 'class Stack:'
-        abyssal generate runs/demo/model --prompt - --max-new-tokens 40 --stop 'def ' < main.py
+        abyssal generate runs/demo/model --prompt - --stop 'def ' < main.py
     """
     from abyssal.cli.model_argument import refuse_run_folder
     from abyssal.engine import SamplingParameters, load_model, new_token_limit, stream_text

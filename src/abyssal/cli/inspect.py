@@ -36,6 +36,7 @@ def inspect(
         abyssal inspect runs/demo/model --json
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from abyssal.cli.model_argument import refuse_run_folder
     from abyssal.config import ModelConfig, load_recipe, packaged_recipes
@@ -56,9 +57,10 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    console = Console()
+    console = Console(highlight=False)
     if run:
-        console.print(f"[bold]{run.name}[/bold]: {run.description}\n", highlight=False)
+        console.print(f"[bold]{run.name}[/bold]" + (f": {escape(run.description)}" if run.description else ""))
+        console.print()
     print_model(console, facts)
     if run:
         print_run(console, run, facts["run"])
@@ -173,7 +175,10 @@ def describe_schedule(schedule: Schedule) -> str:
 
     words, value = [f"{schedule.start:g}"], schedule.start
     for segment in schedule.segments:
-        until = f"{100 * segment.until:.4g}% of the run" if schedule.unit == "fraction" else short(segment.until)
+        if schedule.unit == "tokens":
+            until = short(segment.until)
+        else:
+            until = "the end" if segment.until == 1 else f"{100 * segment.until:.4g}% of the run"
         target = value if segment.to is None else segment.to
         if segment.shape != "constant":
             words.append(f"{segment.shape} to {target:g} at {until}")

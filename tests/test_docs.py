@@ -1,0 +1,380 @@
+"""What the pages say is so: commands parse or run, examples run, links and names exist, tables agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from abyssal.cli.main import app, main
+from abyssal.config import ModelConfig, RunConfig, load_recipe
+from abyssal.config.frozen import fields_at
+from abyssal.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "abyssal"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"console", "sh", "python", "toml"}
+RUN = {"inspect", "recipes", "generate"}  # cheap; the other commands are parsed, and their recipes resolved
+WIDTH = "120"
+
+
+@dataclass(frozen=True)
+class Fence:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One command of a page, and the output that is shown below it."""
+
+    fence: Fence
+    command: str
+    output: str
+
+    def __str__(self) -> str:
+        return f"{self.fence} {self.command}"
+
+
+def fences_of(page: Path) -> Iterator[Fence]:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    opened: int | None = None
+    for number, line in enumerate(lines):
+        if line.startswith("```") and opened is None:
+            opened = number
+        elif line.startswith("```"):
+            assert opened is not None
+            yield Fence(page, opened + 1, lines[opened][3:], "\n".join(lines[opened + 1 : number]) + "\n")
+            opened = None
+    assert opened is None, f"{page}:{opened}: not closed"
+
+
+def examples_of(fence: Fence) -> Iterator[Example]:
+    """Every line of an sh block is a command; in a console block those after `$ `, with their output below them."""
+    if fence.language == "sh":
+        yield from (Example(fence, line, "") for line in fence.text.splitlines())
+    elif fence.language == "console":
+        first, *parts = re.split(r"^\$ ", fence.text, flags=re.MULTILINE)
+        assert first == "", f"{fence}: a console block begins with a command"
+        for part in parts:
+            command, _, output = part.partition("\n")
+            yield Example(fence, command, output)
+
+
+FENCES = [fence for page in PAGES for fence in fences_of(page)]
+EXAMPLES = [example for fence in FENCES for example in examples_of(fence)]
+HELP = [
+    line.strip()
+    for path in sorted((SOURCE / "cli").glob("*.py"))
+    for line in re.findall(r"^        abyssal .*$", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
+PYTHON = [fence for fence in FENCES if fence.language == "python"]
+RECIPES = [fence for fence in FENCES if fence.language == "toml"]
+
+
+def write_recipes(folder: Path) -> None:
+    """Write every recipe of the pages under the name in its first line."""
+    for fence in RECIPES:
+        name = re.match(r"# (\w+\.toml)\n", fence.text)
+        assert name, f"{fence}: the first line must be a comment with the file's name"
+        assert not (folder / name[1]).exists(), f"{fence}: another page has a recipe of that name"
+        (folder / name[1]).write_text(fence.text)
+
+
+@pytest.fixture
+def tiny_config(tiny_config: ModelConfig) -> ModelConfig:
+    """The shape of the other tests, but with rows of whole 16 bytes, which transformers' experts want."""
+    return tiny_config.model_copy(update={"moe_intermediate_size": 12})
+
+
+@pytest.fixture
+def place(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages take for granted: their recipes, and the run of the demo."""
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    model_folder.rename(tmp_path / "runs" / "demo" / "model")
+    write_recipes(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", WIDTH)
+    return tmp_path
+
+
+# Commands
+
+
+def check(example: Example) -> None:
+    """Raise where the command of a page is not one, or does not print what stands below it."""
+    program, *arguments = shlex.split(example.command)
+    if program == "make":
+        (target,) = [word for word in arguments if "=" not in word]
+        assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no target {target}"
+    elif program == "abyssal":
+        check_abyssal(arguments, example.output)
+    else:
+        assert example.command == ". .venv/bin/activate", f"{program}: say here how to check it"
+
+
+def check_abyssal(arguments: list[str], output: str) -> None:
+    if arguments[0].startswith("-") or arguments[0] in RUN:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert main(arguments) == 0
+        if output:
+            lines = [line.rstrip() for line in printed.getvalue().splitlines()]
+            assert matches("\n".join(lines) + "\n", output), f"printed was:\n{printed.getvalue()}"
+        return
+    assert output == "", f"{arguments[0]} is not run here, so nobody compares its output"
+    command = typer.main.get_command(app)
+    with command.make_context("abyssal", list(arguments)) as context:
+        name, subcommand, rest = command.resolve_command(context, list(arguments))
+        given = subcommand.make_context(name, rest, parent=context).params
+    if "recipe" in given or name == "demo":
+        load_recipe(given.get("recipe", "demo"), given["overrides"] or [])
+
+
+def matches(printed: str, shown: str) -> bool:
+    """Whether `shown` is what was printed; a line `...` stands for any lines."""
+    pattern = "".join(r"(?:.*\n)*?" if line == "..." else re.escape(line) + r"\n" for line in shown.splitlines())
+    return re.fullmatch(pattern, printed) is not None
+
+
+def test_every_block_is_of_a_kind_that_is_checked() -> None:
+    assert {str(fence) for fence in FENCES if fence.language not in LANGUAGES} == set()
+    assert EXAMPLES
+    assert PYTHON
+    assert RECIPES
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_command_is_one_and_prints_what_is_shown(example: Example, place: Path) -> None:
+    check(example)
+
+
+@pytest.mark.parametrize("command", [line for line in HELP if "generate" not in line])
+def test_example_in_the_help_is_a_command(command: str, place: Path) -> None:
+    check(Example(FENCES[0], command, ""))
+
+
+def test_help_of_commands_with_arguments_has_examples() -> None:
+    assert {line.split()[1] for line in HELP} == {"demo", "train", "generate", "prepare", "inspect"}
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "fault"),
+    [
+        ("abyssal trane demo", "", typer.TyperException),
+        ("abyssal train demo --overwrite", "", typer.TyperException),
+        ("abyssal train demo --set train.token=3", "", ConfigError),
+        ("abyssal prepare gone.toml --out x", "", ConfigError),
+        ("abyssal train demo", "step 1\n", AssertionError),
+        ("abyssal inspect nothing", "", AssertionError),
+        ("abyssal inspect demo", "...\nbatch size  33\n...\n", AssertionError),
+        ("abyssal generate runs/demo/model --prompt x --top-p 2", "", AssertionError),
+        ("make demmo", "", AssertionError),
+        ("pip install abyssal", "", AssertionError),
+    ],
+)
+def test_wrong_command_or_output_is_found(command: str, output: str, fault: type[Exception], place: Path) -> None:
+    with pytest.raises(fault):
+        check(Example(FENCES[0], command, output))
+
+
+@pytest.mark.parametrize("fence", PYTHON, ids=str)
+def test_python_example_runs(fence: Fence, place: Path, request: pytest.FixtureRequest) -> None:
+    if "transformers" in fence.text:
+        pytest.importorskip("transformers", reason="the example opens the model with transformers")
+    if "runs/demo/data" in fence.text:
+        prepare_data(request.getfixturevalue("small_run"), place / "runs" / "demo" / "data")
+    exec(compile(fence.text, str(fence), "exec"), {"__name__": "example"})
+
+
+def prepare_data(run: RunConfig, folder: Path) -> None:
+    from abyssal.data.prepare import prepare
+
+    prepare(run.data, run.tokenizer, run.model.vocab_size, folder, seed=0)
+
+
+# Links and names
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Return the relative links in `text` whose file, or heading in that file, is not there."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if link.startswith(("http:", "https:")):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_broken_link_is_found() -> None:
+    page = ROOT / "docs" / "data.md"
+    text = "[a](training.md#bits-per-byte) [b](training.md#bits) [c](gone.md) [d](https://example.org) [e](#splits)"
+    assert broken_links(page, text) == ["training.md#bits", "gone.md"]
+
+
+def definitions(path: Path) -> set[str]:
+    """Return the functions, classes and methods of a file, methods as `Class.method`."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+#: A link to a source file, and the first name in backticks behind it.
+PLACE = re.compile(r"\]\((?:\.\./)?(src/abyssal/[\w/]+\.py)\)[)\s]*`([\w.]+)`")
+
+
+def unknown_places(text: str) -> list[str]:
+    return [f"{path} {name}" for path, name in PLACE.findall(text) if name not in definitions(ROOT / path)]
+
+
+def test_tour_names_functions_that_stand_in_the_files_it_links() -> None:
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    assert len(PLACE.findall(text)) > 30
+    assert unknown_places(text) == []
+
+
+def test_unknown_function_is_found() -> None:
+    text = "[a](../src/abyssal/train/loop.py)\n`start`, ([b](../src/abyssal/train/step.py) `train_stop`)"
+    assert unknown_places(text) == ["src/abyssal/train/step.py train_stop"]
+
+
+def test_tour_gives_the_sizes_of_the_recipes() -> None:
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \w \| `([\w.]+)`.* \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) == 12
+    for field, *sizes in rows:
+        section, name = field.split(".")
+        recipes = [load_recipe("demo"), load_recipe("v3_671b")]
+        assert [int(size) for size in sizes] == [getattr(getattr(run, section), name) for run in recipes], field
+
+
+def test_readme_lists_every_folder_on_its_floor() -> None:
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    floors = {
+        name: floor
+        for floor, cell in re.findall(r"^\| (\d) \| ([^|(]+)", contributing, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert {name: floor for floor, name in rows} == floors
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert set(floors) == packages | {"errors"}
+
+
+# Fields, metrics, sentences
+
+
+def sections() -> dict[str, Any]:
+    return {name: field.annotation for name, field in RunConfig.model_fields.items()}
+
+
+def unknown_fields(text: str) -> list[str]:
+    """Return what reads like a field of a recipe, in backticks or behind --set, and is none."""
+    spans = re.findall(r"`([^`\n]+)`", text) + re.findall(r"--set '?([\w.]+)", text)
+    names = {name for span in spans for name in re.findall(r"^[a-z_]+(?:\.[a-z_]+)+(?=$|[=\[])", span)}
+    unknown = []
+    for name in sorted(names):
+        section, *rest = name.split(".")
+        if section not in sections() or rest in (["json"], ["safetensors"]):  # names of files
+            continue
+        for depth, part in enumerate(rest):
+            if part not in fields_at(RunConfig, (section, *rest[:depth])):
+                unknown.append(name)
+                break
+    return unknown
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/data.md", "docs/tour.md"])
+def test_fields_that_a_page_names_exist(page: str) -> None:
+    assert unknown_fields((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_unknown_field_is_found() -> None:
+    text = "`train.tokens` `train.token` `schedule.batch_size.start` `schedule.batch_size.end` `--set model.x=1`"
+    assert unknown_fields(text) == ["model.x", "schedule.batch_size.end", "train.token"]
+
+
+def test_every_field_of_a_recipe_is_in_the_table_with_its_default() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w.]+)` \|([^|]*)\| ", text.partition("### Every field")[2], re.MULTILINE))
+    expected: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        if inner is None:
+            expected[name] = field
+        elif name != "model":
+            expected |= {f"{name}.{key}": value for key, value in inner.items()}
+    assert set(expected) - set(rows) == set()
+    for name, field in expected.items():
+        written = rows[name].strip()
+        if isinstance(field.default, bool | str) and field.default:
+            assert written == f"`{field.default}`", name
+        elif isinstance(field.default, int | float):
+            assert float(written.replace(",", "")) == field.default, name
+        elif field.is_required():
+            assert written in ("", "the file's"), name
+
+
+def test_every_field_of_the_metrics_is_in_the_table() -> None:
+    from abyssal.train.progress import Progress
+    from abyssal.train.step import StepResult
+
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    described = text.partition("A line of `metrics.jsonl`")[2].partition("## Resume")[0]
+    reporter = (SOURCE / "train" / "reporter.py").read_text(encoding="utf-8")
+    names = {field.name for cls in (Progress, StepResult) for field in fields(cls)}
+    names |= set(re.findall(r'"(tokens_per_s|mfu|validation_\w+)":', reporter))
+    assert set(re.findall(r"`(\w+)`", described)) - {"data"} >= names
+    assert set(re.findall(r"`(\w+)`", described)) - names == set()
+
+
+def string_constants() -> Iterator[str]:
+    """Yield the literal parts of every string in the source."""
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_sentences_of_the_table_of_faults_stand_in_the_code() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \| [12, ]+ \| ", text.partition("## When something is wrong")[2], re.MULTILINE)
+    sentences = [sentence for cell in cells for sentence in re.findall(r"`([^`]+)`", cell)]
+    assert len(sentences) > 40
+    code = list(string_constants())
+    assert [sentence for sentence in sentences if not any(sentence in text for text in code)] == []
