@@ -180,3 +180,8 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8 text"):
         load_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_value_where_a_list_belongs_is_shown_as_a_list() -> None:
+    with pytest.raises(ConfigError, match=r"""data\.corpus='texts': must be a list, such as \["texts"\]"""):
+        load_recipe("demo", ["data.corpus=texts"])

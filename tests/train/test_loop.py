@@ -237,6 +237,7 @@ def test_init_from_continues_from_a_model_directory(small_run: RunConfig, tmp_pa
     other = change(again, model={"hidden_size": 26})
     with pytest.raises(ConfigError, match=r"hidden_size=26 \(there 24\)"):
         loop.start(other, tmp_path / "third", SILENT)
+    assert not (tmp_path / "third").exists()
 
 
 def test_time_budget_becomes_tokens_that_the_stored_recipe_keeps(small_run: RunConfig, tmp_path: Path) -> None:

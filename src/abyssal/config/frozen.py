@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -38,6 +39,8 @@ def describe(cls: type[BaseModel], fault: Any) -> str:
     reason = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "value_error":  # our own checks name field and value themselves
         return f"{path}.{reason}" if path else reason
+    if fault["type"] in ("tuple_type", "list_type"):
+        reason = f"must be a list, such as [{json.dumps(fault['input'], default=str)}]"
     return f"{path}={fault['input']!r}: {reason[0].lower()}{reason[1:]}"
 
 

@@ -41,7 +41,7 @@ class LoadedModel:
         return ids if not bos or first is None or ids[:1] == [first] else [first, *ids]
 
 
-def load_model(path: Path, dtype: str = "auto", device: str = "cpu", threads: int | None = None) -> LoadedModel:
+def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threads: int | None = None) -> LoadedModel:
     """Read a model directory, tensor by tensor, so that memory holds the weights once.
 
     Args:
@@ -55,7 +55,7 @@ def load_model(path: Path, dtype: str = "auto", device: str = "cpu", threads: in
         UsageError: an argument that cannot be.
         ConfigError, DataError, ModelDirectoryError: the directory, a file of it, or how they fit each other.
     """
-    place = _device(device)
+    path, place = Path(path), _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype={dtype}: must be one of auto, {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
     if threads is not None:

@@ -18,7 +18,7 @@ from abyssal.train.optimizer import build_optimizer
 from abyssal.train.progress import Progress
 from abyssal.train.reporter import Reporter
 from abyssal.train.run_folder import RunFolder
-from abyssal.train.setup import build_model, decide, peak_flops, settle
+from abyssal.train.setup import build_model, decide, open_initial_weights, peak_flops, settle
 from abyssal.train.step import train_step
 
 
@@ -30,6 +30,7 @@ def start(config: RunConfig, path: Path, console: Console) -> Path:
     """
     folder = RunFolder(path)
     folder.refuse_another()
+    open_initial_weights(config)  # a wrong init_from is found before anything is written
     inputs = prepare_inputs(config, folder.data(config), console)
     config, sentences = decide(config, _device())
     for sentence in sentences:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from abyssal.checkpoint.model_directory import load_into, read_model_directory
-from abyssal.config import ModelConfig, RunConfig
+from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
+from abyssal.config import RunConfig
 from abyssal.errors import ConfigError
 from abyssal.machine.describe import available_cores
 from abyssal.machine.memory import keep_freed_memory
@@ -18,7 +18,7 @@ from abyssal.ops.kernels import choose_kernels
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.step import train_step
 
-WARM_UP_STEPS = 2  # the first steps allocate memory and let the matrix library choose its code
+WARM_UP_STEPS = 3  # the first steps allocate memory, and the matrix library builds code for the sizes it meets
 TIMED_STEPS = 3
 
 
@@ -33,20 +33,29 @@ def build_model(config: RunConfig, device: torch.device) -> Transformer:
     model.to(torch.promote_types(dtype, torch.float32))
     model.to_empty(device=device)
     initialise(model, config.seed)
-    if config.init_from is not None:
-        _continue_from(model, Path(config.init_from), config.model)
+    reader = open_initial_weights(config)
+    if reader is not None:  # MTP modules that the directory lacks keep their initial weights
+        load_into(model, reader, allow_missing_mtp=True)
     return model
 
 
-def _continue_from(model: Transformer, path: Path, wanted: ModelConfig) -> None:
-    """Replace the initial weights by those of a model directory; MTP modules it lacks keep their initial ones."""
-    found, reader = read_model_directory(path)
+def open_initial_weights(config: RunConfig) -> ModelReader | None:
+    """Open the model directory that the run continues from, if it names one.
+
+    Raises:
+        ConfigError, ModelDirectoryError: no such directory, or the recipe's model has another shape.
+    """
+    if config.init_from is None:
+        return None
+    found, reader = read_model_directory(Path(config.init_from))
     free = {"max_position_embeddings", "rope_scaling", "initializer_range", "num_nextn_predict_layers"}
-    ours, theirs = (config.model_dump(exclude=free) for config in (wanted, found))
+    ours, theirs = (model.model_dump(exclude=free) for model in (config.model, found))
     different = [f"{name}={ours[name]!r} (there {theirs[name]!r})" for name in ours if ours[name] != theirs[name]]
     if different:
-        raise ConfigError(f"init_from={str(path)!r}: the recipe's model has another shape: {', '.join(different)}")
-    load_into(model, reader, allow_missing_mtp=True)
+        raise ConfigError(
+            f"init_from={config.init_from!r}: the recipe's model has another shape: {', '.join(different)}"
+        )
+    return reader
 
 
 def settle(threads: int) -> None:
@@ -99,7 +108,7 @@ def seconds_per_step(config: RunConfig, device: torch.device) -> float:
         begin = time.perf_counter()
         train_step(model, optimizer, windows, config, tokens_seen=0)
         times.append(time.perf_counter() - begin)
-    return sum(times[WARM_UP_STEPS:]) / TIMED_STEPS
+    return min(times[WARM_UP_STEPS:])  # what disturbs a step only makes it longer
 
 
 def peak_flops(config: RunConfig, device: torch.device) -> float:
