@@ -2,15 +2,20 @@
 
     python bench/train.py --shape S --sequences 8 --length 512
 
-Both hold fp32 master weights and step AdamW. transformers runs under bf16 autocast and in fp32, with each of its
-experts implementations; the fastest of all is the baseline. Rounds are interleaved, the best step of each counts,
-and MFU is stated against the bf16 matmul peak measured in the same run.
+All hold fp32 master weights and step AdamW. transformers runs under bf16 autocast and in fp32, with each of its experts
+implementations; the fastest of all is the baseline. Every candidate runs in a process of its own, in turns; its first
+steps are not counted; its median step counts, and the least over the rounds is compared. MFU is stated against the bf16
+matmul peak measured in the same run. (transformers' batched_mm gathers weights for each token: at shape S it asks for
+26 GB, so it is not among the defaults.)
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
+import resource
+import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -30,8 +35,9 @@ from abyssal.train.step import train_step
 from record import record
 from shapes import SHAPES
 
-Step = Callable[[], None]
-WARM_UP_STEPS = 3
+Step = Callable[[], object]
+OURS = "abyssal bf16"
+WARM_UP_STEPS, TIMED_STEPS = 3, 3
 
 
 def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
@@ -54,7 +60,7 @@ def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
     )
     model = initialise(Transformer(config, choose_kernels(torch.device("cpu"), torch.bfloat16), torch.bfloat16), 0)
     optimizer = build_optimizer(model, run.optimizer)
-    return lambda: void(train_step(model, optimizer, windows, run, 0))
+    return lambda: train_step(model, optimizer, windows, run, 0)
 
 
 def transformers_step(config: ModelConfig, windows: torch.Tensor, experts: str, autocast: bool) -> Step:
@@ -79,80 +85,80 @@ def transformers_step(config: ModelConfig, windows: torch.Tensor, experts: str, 
     return step
 
 
-def measure_in_turns(makers: dict[str, Callable[[], Step]], rounds: int, tokens: int) -> dict[str, list[float]]:
-    """Time one step of each candidate in turn, `rounds` times, each after some first steps that are not counted.
-
-    The first steps allocate, and let the matrix library build the code for the sizes they meet. Candidates stay in memory, so that no round
-    pays for building; one that is twice as slow as the fastest of its kind is dropped after two rounds.
-    """
-    times: dict[str, list[float]] = {}
-    steps: dict[str, Step] = {}
-    for name, make in makers.items():
-        try:
-            step = make()
-            for _ in range(WARM_UP_STEPS):
-                step()
-        except RuntimeError as error:
-            print(f"{name}: failed: {str(error).splitlines()[0]}", flush=True)
-            continue
-        steps[name], times[name] = step, []
-    for number in range(rounds):
-        for name in list(steps):
-            begin = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - begin)
-            print(f"{name}: {times[name][-1]:.2f} s, {tokens / times[name][-1]:,.0f} tokens/s", flush=True)
-        fastest = min(min(times[name]) for name in steps if name.startswith("transformers"))
-        if number == 1:
-            steps = {n: s for n, s in steps.items() if n.startswith("abyssal") or min(times[n]) < 2 * fastest}
-            gc.collect()
-    return times
-
-
-def void(_: object) -> None:
-    """Drop a result."""
+def run_candidate(name: str, config: ModelConfig, windows: torch.Tensor) -> dict[str, float]:
+    """Time one candidate in this process: seconds of its median step, and the most memory it held."""
+    settle(available_cores())  # threads, and the allocator's setting, for every candidate
+    if name == OURS:
+        step = abyssal_step(config, windows)
+    else:
+        _, experts, precision = name.split(" ", 2)
+        step = transformers_step(config, windows, experts, autocast=precision == "bf16 autocast")
+    times = []
+    for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": statistics.median(times[WARM_UP_STEPS:]), "peak_gib": round(peak_gib, 2)}
 
 
 def main() -> None:
-    """Time all candidates in turn and print and record the ratio."""
+    """Run all candidates in turn and print and record the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--experts", nargs="+", default=["eager", "grouped_mm", "batched_mm"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--experts", nargs="+", default=["eager", "grouped_mm"])
+    parser.add_argument("--candidate", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    settle(available_cores())  # for all candidates: they run in this one process
 
     config = SHAPES[arguments.shape]()
-    windows = torch.randint(
-        config.vocab_size, (arguments.sequences, arguments.length + 1), generator=torch.Generator().manual_seed(0)
-    )
-    tokens = arguments.sequences * arguments.length
-    makers: dict[str, Callable[[], Step]] = {"abyssal bf16": lambda: abyssal_step(config, windows)}
-    for experts in arguments.experts:
-        for autocast in (True, False):
-            name = f"transformers {experts} {'bf16 autocast' if autocast else 'fp32'}"
-            makers[name] = lambda e=experts, a=autocast: transformers_step(config, windows, e, a)  # type: ignore[misc]
+    shape = (arguments.sequences, arguments.length + 1)
+    windows = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    if arguments.candidate:
+        print(json.dumps(run_candidate(arguments.candidate, config, windows)))
+        return
 
+    peers = [f"transformers {e} {precision}" for e in arguments.experts for precision in ("bf16 autocast", "fp32")]
+    tokens = arguments.sequences * arguments.length
     peak = measure([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
-    times = measure_in_turns(makers, arguments.rounds, tokens)
-    best = {name: min(seconds) for name, seconds in times.items()}
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(arguments.rounds):
+        for name in (OURS, *peers):
+            worker = subprocess.run(
+                [sys.executable, *sys.argv, "--candidate", name], capture_output=True, text=True, check=False
+            )
+            if worker.returncode:
+                reason = worker.stderr.strip().splitlines()[-1:] or [f"exit code {worker.returncode}"]
+                print(f"{name}: failed: {reason[0]}", flush=True)
+                continue
+            result = json.loads(worker.stdout)
+            print(
+                f"{name}: {result['seconds']:.2f} s, {tokens / result['seconds']:,.0f} tokens/s, "
+                f"{result['peak_gib']} GiB",
+                flush=True,
+            )
+            best[name] = min(best.get(name, result), result, key=lambda r: r["seconds"])
     flops = training_flops(config, arguments.length).total * tokens
-    ours = best["abyssal bf16"]
-    peer, theirs = min(((n, s) for n, s in best.items() if n.startswith("transformers")), key=lambda item: item[1])
+    ours, (peer, theirs) = (
+        best[OURS],
+        min(((name, best[name]) for name in peers if name in best), key=lambda item: item[1]["seconds"]),
+    )
+    ratio = theirs["seconds"] / ours["seconds"]
     figures = {
         "shape": arguments.shape,
         "batch": [arguments.sequences, arguments.length],
         "bf16_peak_gflops": round(peak / 1e9),
-        "tokens_per_s": {name: round(tokens / seconds, 1) for name, seconds in best.items()},
-        "mfu": {name: round(flops / seconds / peak, 4) for name, seconds in best.items()},
+        "tokens_per_s": {name: round(tokens / r["seconds"], 1) for name, r in best.items()},
+        "mfu": {name: round(flops / r["seconds"] / peak, 4) for name, r in best.items()},
+        "peak_gib": {name: r["peak_gib"] for name, r in best.items()},
         "baseline": peer,
-        "ratio": round(theirs / ours, 2),
+        "ratio": round(ratio, 2),
     }
     path = record(f"train-{arguments.shape}", " ".join(["python", "bench/train.py", *sys.argv[1:]]), figures)
-    print(f"\nabyssal is {theirs / ours:.2f}x {peer}; MFU {flops / ours / peak:.1%}; written to {path}")
+    print(f"\nabyssal is {ratio:.2f}x {peer}; MFU {flops / ours['seconds'] / peak:.1%}; written to {path}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from abyssal.train.evaluation import score_documents
 from abyssal.train.run_folder import RunFolder
 
 PROMPTS = (
-    "def read_lines(path, encoding='utf-8'):\n    ",
-    "class Queue:\n    def __init__(self, maxsize=0):\n        ",
-    "import os\nimport sys\n\ndef main():\n    ",
-)
+    "def read_lines(path, encoding='utf-8'):\n",
+    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "import os\nimport sys\n\ndef main():\n",
+)  # each ends where a token ends: spaces belong to the word behind them
 SAMPLING = SamplingParameters(max_new_tokens=96, temperature=0.6, top_p=0.95, seed=0)
 
 
@@ -82,12 +82,13 @@ def show_score(loaded: LoadedModel, folder: RunFolder, console: Console) -> None
     score = score_documents(loaded.model, heldout, length, run.train.micro_batch_size * length)
     texts = (loaded.tokenizer.decode(heldout.document(n).tolist()) for n in range(heldout.documents))
     text = "".join(texts).encode()
+    xz, gz = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)), len(gzip.compress(text, 9))
     console.print(
         f"\nBits per byte on {heldout.documents:,} files that it has never seen ({score.bytes:,} bytes); "
         "less is better:\n"
         f"  [bold]{score.bits_per_byte:5.3f}[/bold]  this model\n"
-        f"  {8 * len(lzma.compress(text, preset=9)) / len(text):5.3f}  xz -9, for comparison, on these files alone\n"
-        f"  {8 * len(gzip.compress(text, 9)) / len(text):5.3f}  gzip -9\n",
+        f"  {8 * xz / len(text):5.3f}  xz -9e, for comparison, on these files alone\n"
+        f"  {8 * gz / len(text):5.3f}  gzip -9\n",
         highlight=False,
     )
 
