@@ -1,0 +1,72 @@
+"""Muon against a step written out with a singular value decomposition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from abyssal.train.muon import Muon, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 12), (3, 9, 31), (2, 40, 11)], ids=str)
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape) * 7.0
+    found = orthogonalise(matrices).float()
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.4
+    assert values.max() < 1.35
+    inner = u.mT @ found @ v.mT  # diagonal where the singular vectors are the same
+    off_diagonal = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    assert off_diagonal.abs().max() < 0.1
+
+
+def test_matrices_of_a_stack_do_not_see_each_other() -> None:
+    matrices = torch.randn(3, 8, 20)
+    alone = torch.cat([orthogonalise(m[None]) for m in matrices])
+    torch.testing.assert_close(orthogonalise(matrices).float(), alone.float(), rtol=0, atol=2e-2)
+
+
+def test_zero_gradient_moves_nothing_but_by_decay() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([weight], momentum=0.9, weight_decay=0.5)
+    optimizer.param_groups[0]["lr"] = 0.1
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((4, 6), 0.95))
+
+
+def test_two_steps_equal_the_definition() -> None:
+    start, gradients = torch.randn(5, 16), [torch.randn(5, 16), torch.randn(5, 16)]
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = Muon([weight], momentum=0.8, weight_decay=0.1, lr_scale=3.0)
+    momentum, expected = torch.zeros(5, 16), start.clone()
+    for gradient, lr in zip(gradients, (0.02, 0.01), strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        weight.grad = gradient
+        optimizer.step()
+        momentum = 0.8 * momentum + 0.2 * gradient
+        direction = 0.2 * gradient + 0.8 * momentum
+        expected *= 1 - 3 * lr * 0.1
+        expected -= 3 * lr * 0.2 * 4 * orthogonalise(direction[None])[0].float()
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_update_has_the_size_that_learning_rates_are_tuned_for() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 24, 60))
+    optimizer = Muon([weight], momentum=0.95, weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 1.0
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+
+
+def test_parts_of_a_matrix_are_made_orthogonal_apart() -> None:
+    gradient = torch.randn(3, 10, 16)
+    joint, first, second = (torch.nn.Parameter(torch.zeros(3, rows, 16)) for rows in (10, 5, 5))
+    optimizer = Muon([{"params": [joint], "parts": 2}, {"params": [first, second]}], momentum=0.9, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    joint.grad, first.grad, second.grad = gradient, gradient[:, :5].clone(), gradient[:, 5:].clone()
+    optimizer.step()
+    torch.testing.assert_close(joint.detach(), torch.cat((first, second), 1).detach(), rtol=0, atol=1e-4)
