@@ -19,7 +19,7 @@ ALLOWED = {
     "mdurl",
     "pygments",
 }
-HEAVY = {"torch", "numpy", "tokenizers", "safetensors", "transformers"}
+HEAVY = {"torch", "numpy", "matplotlib", "jinja2", "tokenizers", "safetensors", "transformers"}
 PROGRAM = """
 import json, sys, threading
 before = set(sys.modules)
@@ -78,3 +78,11 @@ def test_a_plan_needs_pydantic_and_nothing_heavier():
     report, _ = load("recipes")
     assert "pydantic" in foreign(report["loaded"])  # so the tests above can see one
     assert not foreign(report["loaded"]) & HEAVY
+
+
+def test_a_report_needs_matplotlib_and_no_torch(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 5.5}\n')
+    report, _ = load("report", str(tmp_path))
+    assert (tmp_path / "report.html").is_file()
+    assert foreign(report["loaded"]) & HEAVY == {"matplotlib", "jinja2", "numpy"}
+    assert report["threads"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,9 @@ def test_demo_trains_once_and_then_only_shows(abyssal: Call, small: list[str], c
     assert story.startswith("Bits per byte on 10 files that it has never seen")
     for line in "".join(PROMPTS).split("\n"):
         assert line.strip() in story
+    page = Path("d/report.html").read_text()
+    assert "any browser: d/report.html" in story
+    assert all(html.escape(prompt) in page.replace("&#34;", "&quot;").replace("&#39;", "&#x27;") for prompt in PROMPTS)
 
     weights = Path("d/model/model.safetensors")
     written = weights.stat().st_mtime_ns

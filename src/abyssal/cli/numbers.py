@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-
-def short(value: float) -> str:
-    """Write a count with four digits at most and a suffix: 671B, 37.55B, 14.8T, 640."""
-    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= 0.99995 * factor:
-            return f"{value / factor:.4g}{suffix}"
-    return f"{value:.4g}"
+from abyssal.report.numbers import short as short
 
 
 def byte_size(value: float) -> str:

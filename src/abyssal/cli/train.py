@@ -69,4 +69,5 @@ def train(
         raise
     shown = Console(highlight=False, soft_wrap=True, markup=False)
     shown.print(f"\nmodel directory: {model}")
+    shown.print(f"report: {folder.report}")
     shown.print(f"try it: {program()} {shlex.join(['generate', str(model), '--prompt', 'def '])}")

@@ -49,8 +49,8 @@ def run_demo(config: RunConfig, path: Path, console: Console, program: str = "ab
         model_dir = loop.start(config, path, console)
     loaded = prepare_model(model_dir, folder.resolved_config())
     show_score(loaded, folder, console)
-    show_completions(loaded, console)
-    show_commands(model_dir, console, program)
+    show_completions(loaded, folder, console)
+    show_commands(folder, console, program)
 
 
 def introduce(config: RunConfig, path: Path, console: Console) -> None:
@@ -93,26 +93,32 @@ def show_score(loaded: LoadedModel, folder: RunFolder, console: Console) -> None
     )
 
 
-def show_completions(loaded: LoadedModel, console: Console) -> None:
-    """Continue the prompts, which are printed dim."""
+def show_completions(loaded: LoadedModel, folder: RunFolder, console: Console) -> None:
+    """Continue the prompts, which are printed dim, and put what comes of them into the run's report."""
     console.print(
         f"What it makes of a few beginnings (sampled at temperature {SAMPLING.temperature:g}); "
         "so small a model knows the form of Python, not its meaning:",
         highlight=False,
     )
+    samples = []
     for prompt in PROMPTS:
         chunks = stream_text(loaded, loaded.encode_prompt(prompt), SAMPLING)
         text = "".join(chunk.text for chunk in chunks)
         console.print(Panel(f"[dim]{escape(prompt)}[/dim]{escape(text)}", expand=False), highlight=False)
+        samples.append({"prompt": prompt, "completion": text})
+    folder.write_samples(samples)
+    folder.write_report()
 
 
-def show_commands(model_dir: Path, console: Console, program: str) -> None:
+def show_commands(folder: RunFolder, console: Console, program: str) -> None:
     """Print the commands that come next, whole, so that they can be pasted."""
     console.print(
         f"""
+Curves, expert load and these completions on one page, for any browser: {folder.report}
+
 What comes next:
 
-  {program} generate {model_dir} --prompt 'class Stack:'
+  {program} generate {folder.model} --prompt 'class Stack:'
       lets it complete your own beginning
   {program} train demo --out runs/mine --set 'data.corpus=["my/code"]'
       trains on your own Python files (others: see docs/data.md)

@@ -75,6 +75,7 @@ def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Consol
         score = evaluate()
         reporter.score(progress, score)
     export_model(folder.model, model, config, progress, tokenizer=inputs.folder, score=score)
+    folder.write_report()
     return folder.model
 
 

@@ -1,8 +1,9 @@
-"""The folder of one run: resolved recipe, data, metrics, training states, model directory."""
+"""The folder of one run: resolved recipe, data, metrics, training states, model directory, report."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ class RunFolder:
     def model(self) -> Path:
         """The model directory that the run ends with."""
         return self.path / "model"
+
+    @property
+    def samples(self) -> Path:
+        """What the model made of some beginnings: one JSON object a line, with prompt, completion and step."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
 
     def refuse_another(self) -> None:
         """Raise where a run stands already.
@@ -99,3 +110,25 @@ class RunFolder:
             self.metrics.open("a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(record) + "\n")
+
+    def write_samples(self, samples: Iterable[dict[str, Any]]) -> None:
+        """Store what the model made of some beginnings, in place of earlier ones.
+
+        Raises:
+            CheckpointError: the disk refused; earlier ones stay.
+        """
+        with os_faults(CheckpointError, self.samples, "write samples"):
+            write_text(self.samples, "".join(f"{json.dumps(sample)}\n" for sample in samples))
+
+    def write_report(self) -> None:
+        """Write the page about the run as far as it has come.
+
+        Raises:
+            CheckpointError: the disk refused; an earlier page stays.
+        """
+        from abyssal.report.page import render_page  # brings matplotlib, which nothing before the end of a run needs
+        from abyssal.report.run_record import read_runs
+
+        page = render_page(read_runs([self.path]))
+        with os_faults(CheckpointError, self.report, "write the report"):
+            write_text(self.report, page)

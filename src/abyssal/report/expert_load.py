@@ -1,0 +1,101 @@
+"""Expert load over a run of any length, in a bounded number of time buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Letters: L MoE layers, E experts, B time buckets, X columns and Y rows of the picture.
+
+
+class LoadHistory:
+    """The tokens sent to each expert, added up over buckets of equally many steps.
+
+    When there are too many buckets, neighbours are joined, so memory and the picture stay small however long the run.
+    """
+
+    def __init__(self, most_buckets: int = 240) -> None:
+        """Start empty; `most_buckets` is even."""
+        self.layers: tuple[str, ...] = ()
+        self._most, self._steps_a_bucket, self._steps_in_last = most_buckets, 1, 0
+        self._places: list[tuple[float, float]] = []  # (steps, tokens) at the end of each bucket
+        self._sums: list[NDArray[np.float64]] = []  # [L, E] each
+
+    def __len__(self) -> int:
+        """Return the number of buckets."""
+        return len(self._sums)
+
+    def add(self, step: float, tokens: float, load: Any) -> bool:
+        """Add the load of one step, {layer: [tokens of each expert]}; returns whether it could be read."""
+        table = _table(load)
+        if table is None or (self._sums and (tuple(load) != self.layers or table.shape != self._sums[0].shape)):
+            return False
+        if self._sums and self._steps_in_last < self._steps_a_bucket:
+            self._sums[-1] += table
+            self._places[-1] = (step, tokens)
+            self._steps_in_last += 1
+            return True
+        if len(self._sums) == self._most:
+            self._sums = [a + b for a, b in zip(self._sums[::2], self._sums[1::2], strict=True)]
+            self._places = self._places[1::2]
+            self._steps_a_bucket *= 2
+        self.layers = tuple(load)
+        self._sums.append(table)
+        self._places.append((step, tokens))
+        self._steps_in_last = 1
+        return True
+
+    def ends(self, axis: str) -> NDArray[np.float64]:
+        """Return where each bucket ends on the axis `tokens` or `steps`, [B]."""
+        return np.array([place[axis == "tokens"] for place in self._places], dtype=float)
+
+    def relative(self) -> NDArray[np.float64]:
+        """Return each expert's load over the mean of its layer, [B, L, E]; NaN where a layer got no token."""
+        sums = np.stack(self._sums)
+        means = sums.mean(axis=-1, keepdims=True)
+        relative: NDArray[np.float64] = np.divide(sums, means, out=np.full_like(sums, np.nan), where=means > 0)
+        return relative
+
+
+def picture(
+    history: LoadHistory, axis: str, columns: int = 240, rows: int = 480
+) -> tuple[NDArray[np.float64], tuple[float, float]]:
+    """Return log2 of the relative load as a picture [Y, X], one band of rows a layer, and the ends of its x axis.
+
+    Columns are equally long on the axis. Where the experts are more than fit into `rows`, neighbours share a row, and
+    it shows the one that is furthest from the mean, so that no expert that is left out or overrun disappears.
+    """
+    relative = history.relative()  # [B, L, E]
+    buckets, layers, experts = relative.shape
+    with np.errstate(divide="ignore"):
+        deviation = np.log2(relative)
+    a_layer = min(experts, max(1, rows // layers))
+    if a_layer < experts:
+        groups = np.array_split(np.arange(experts), a_layer)
+        extremes = [np.abs(deviation[..., group]).argmax(axis=-1, keepdims=True) for group in groups]
+        chosen = [
+            np.take_along_axis(deviation[..., group], extreme, axis=-1)
+            for group, extreme in zip(groups, extremes, strict=True)
+        ]
+        deviation = np.concatenate(chosen, axis=-1)  # [B, L, rows of a layer]
+    ends = history.ends(axis)
+    begin = max(0.0, ends[0] - (ends[1] - ends[0] if buckets > 1 else ends[0]))
+    middles = begin + (ends[-1] - begin) * (np.arange(columns) + 0.5) / columns
+    at = np.searchsorted(ends, middles).clip(0, buckets - 1)
+    return deviation[at].reshape(columns, layers * a_layer).T, (begin, float(ends[-1]))
+
+
+def _table(load: Any) -> NDArray[np.float64] | None:
+    """Return {layer: [tokens of each expert]} as [L, E], or None where it is anything else."""
+    if not isinstance(load, Mapping) or not load or not all(name.isascii() and name.isdecimal() for name in load):
+        return None
+    try:
+        table = np.array(list(load.values()), dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if table.ndim != 2 or 0 in table.shape or not np.isfinite(table).all() or (table < 0).any():
+        return None
+    return table
