@@ -81,6 +81,8 @@ def test_a_plan_needs_pydantic_and_nothing_heavier():
 
 
 def test_a_report_needs_matplotlib_and_no_torch(tmp_path):
+    import matplotlib.font_manager  # noqa: F401 # its first import on a machine takes long, says so, and starts a timer
+
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 5.5}\n')
     report, _ = load("report", str(tmp_path))
     assert (tmp_path / "report.html").is_file()

@@ -75,13 +75,15 @@ def test_fields_that_an_older_run_did_not_write_are_named(write_run: WriteRun) -
     assert metrics.notes == ("Not in metrics.jsonl, so not shown: balance_loss, learning_rate, max_violation, tokens.",)
 
 
-def test_skipped_batches_are_kept_out_of_the_curves(write_run: WriteRun, step_record: StepRecord) -> None:
-    skipped = step_record(3, skipped=[64, 96], loss=900.0, reason="gradient norm")
+@pytest.mark.parametrize("kind", ["skipped", "refused", "rolled_back_from"])
+def test_skipped_batches_are_kept_out_of_the_curves(kind: str, write_run: WriteRun, step_record: StepRecord) -> None:
+    skipped = step_record(3, **{kind: [64, 96]}, loss=900.0, reason="gradient norm")
     metrics = read(write_run("a", [step_record(1), step_record(2), skipped]))
     assert len(metrics.curves["loss"]) == 2
+    assert metrics.steps == 2
     (batch,) = metrics.skipped
     assert (batch.step, batch.place("tokens")) == (3, 384.0)
-    assert ("skipped", "[64, 96]") in batch.facts
+    assert (kind.replace("_", " "), "[64, 96]") in batch.facts
     assert ("reason", "gradient norm") in batch.facts
 
 

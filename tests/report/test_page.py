@@ -111,6 +111,7 @@ def test_several_runs_are_laid_over_one_another(write_run: WriteRun, step_record
     assert reader.tags.count("li") == 2 * 8
     labels = [value for name, value in reader.attributes if name == "aria-label"]
     assert "nats a token over tokens: first, second" in labels
+    assert all(title in reader.words for title in ("Loss, main model", "Loss, MTP module 1", "Learning rate"))
 
 
 def test_runs_without_a_token_count_are_compared_by_steps(write_run: WriteRun, step_record: StepRecord) -> None:

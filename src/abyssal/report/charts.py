@@ -100,7 +100,7 @@ def draw_loads(name: str, history: LoadHistory, labels: Sequence[str], *, axis: 
         )
         axes.grid(visible=False)
         for border in range(1, layers):
-            axes.axhline(border, color=INK, linewidth=0.8)
+            axes.axhline(border, color=INK, linewidth=0.8 if layers <= 24 else 0.25)
         every = math.ceil(layers / 20)
         axes.set_yticks([layer + 0.5 for layer in range(0, layers, every)], list(labels[::every]))
         axes.tick_params(axis="y", length=0)

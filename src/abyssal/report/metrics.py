@@ -24,8 +24,11 @@ FIELDS = (
     "tokens_per_s",
     "mfu",
     "validation_bits_per_byte",
+    "validation_ema_bits_per_byte",
     "validation_loss",
 )
+#: A record with one of these is of no step, but of a batch that was not trained on, or of a range that is stepped over.
+SKIPPING = ("skipped", "refused", "rolled_back_from")
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class _Reader:
             self.unreadable_lines += bool(line.strip())
             return
         tokens = _number(record.get("tokens"))
-        if record.get("skipped"):
+        if any(record.get(name) not in (None, False) for name in SKIPPING):
             self.skipped.append(SkippedBatch(step, tokens, tuple(_facts(record))))
             return  # an outlier that was kept away from the weights is kept away from the curves as well
         self.steps = max(self.steps, step)

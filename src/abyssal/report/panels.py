@@ -41,7 +41,11 @@ PANELS = (
         NATS,
         smooth=True,
     ),
-    Panel("Validation", (("validation_bits_per_byte", "validation"),), Scale("bits per byte")),
+    Panel(
+        "Validation",
+        (("validation_bits_per_byte", "weights"), ("validation_ema_bits_per_byte", "averaged weights")),
+        Scale("bits per byte"),
+    ),
     Panel("Learning rate", (("learning_rate", "learning rate"),), Scale("learning rate")),
     Panel(
         "Gradient norm",
@@ -86,12 +90,13 @@ def common_axis(runs: Sequence[RunRecord]) -> str:
 
 
 def _panels(runs: Sequence[RunRecord]) -> Iterator[Panel]:
-    """Yield the panels with the MTP modules that there are, divided by field where there are several runs."""
+    """Yield the panels with the fields that there are, divided by field where there are several runs."""
     modules = sorted({name for run in runs for name in run.metrics.curves if name.startswith("mtp_losses.")})
     for panel in PANELS:
         fields: list[tuple[str, str]] = []
         for name, label in panel.fields:
             fields += [(m, f"{label} {m[11:]}") for m in modules] if name == "mtp_losses.*" else [(name, label)]
+        fields = [field for field in fields if any(field[0] in run.metrics.curves for run in runs)]
         if len(runs) == 1:
             yield Panel(panel.title, tuple(fields), panel.scale, panel.smooth, panel.remark)
             continue
