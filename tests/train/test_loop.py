@@ -73,12 +73,12 @@ def test_interrupted_run_resumes_with_the_same_losses_to_the_bit(
     whole_step, stop_at = loop.train_step, random.randint(4, 11)
     calls = 0
 
-    def interrupted_step(*arguments: Any) -> Any:
+    def interrupted_step(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == stop_at:
             raise KeyboardInterrupt
-        return whole_step(*arguments)
+        return whole_step(*arguments, **options)
 
     monkeypatch.setattr(loop, "train_step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
@@ -176,12 +176,12 @@ from abyssal.errors import AbyssalError
 from abyssal.train import loop
 calls = 0
 step = loop.train_step
-def limited_step(*arguments):
+def limited_step(*arguments, **options):
     global calls
     calls += 1
     if calls == 5:  # after the first checkpoint, before the second
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    return step(*arguments)
+    return step(*arguments, **options)
 loop.train_step = limited_step
 try:
     loop.start(load_recipe(sys.argv[1]), Path(sys.argv[2]), Console(quiet=True))
