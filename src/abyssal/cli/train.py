@@ -21,7 +21,7 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the newest checkpoint in that folder, with the recipe stored there."),
+        typer.Option("--resume", help="Go on from the newest checkpoint in that folder, with its recipe."),
     ] = False,
 ) -> None:
     """Train a model: prepare the data, run every step, and write a model directory.
@@ -36,6 +36,7 @@ def train(
 
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
+    from abyssal.errors import Stopped
     from abyssal.train.run_folder import RunFolder
 
     config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
@@ -54,7 +55,7 @@ def train(
                 markup=False,
             )
             model = loop.resume(folder.path, console, overrides or [])
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         again = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
         went_far = folder.recipe.is_file()  # written before the first step
         typer.echo(
