@@ -167,7 +167,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_serves(small_run: Run
 
 
 FULL_DISK = """
-import resource, signal, sys
+import resource, signal, sys, time
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from pathlib import Path
 from rich.console import Console
@@ -180,6 +180,8 @@ def limited_step(*arguments, **options):
     global calls
     calls += 1
     if calls == 5:  # after the first checkpoint, before the second
+        while not (Path(sys.argv[2]) / "checkpoints" / "step-00000003").exists():  # it is written meanwhile
+            time.sleep(0.001)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return step(*arguments, **options)
 loop.train_step = limited_step

@@ -20,11 +20,6 @@ from abyssal.train.training_state import TrainingState
 SILENT = Console(quiet=True)
 
 
-@pytest.fixture(autouse=True)
-def no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "peak_flops", lambda config, device: 1e12)
-
-
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, in fp32 on the CPU. Paper: §3.2.2 ("Exponential Moving Average")."""
+"""An exponential moving average of the weights, in fp32 on the CPU. Paper: §3.2.3."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = ()) -> Path:
         before = RunConfig.parse(read_progress(newest).get("recipe", {}), source=str(newest))
     source = f"--set {' '.join(overrides)}" if overrides else str(folder.recipe)
     _say(console, resumed_changes(before, config, source))
-    folder.begin(config)
+    if overrides:
+        folder.begin(config)
     settle(config.train.threads)
     return _train(config, folder, reopen_inputs(config, folder.data(config), console), console)
 
