@@ -358,7 +358,8 @@ def test_every_field_of_the_metrics_is_in_the_table() -> None:
     described = text.partition("A line of `metrics.jsonl`")[2].partition("## Resume")[0]
     reporter = (SOURCE / "train" / "reporter.py").read_text(encoding="utf-8")
     names = {field.name for cls in (Progress, StepResult) for field in fields(cls)}
-    names |= set(re.findall(r'"(tokens_per_s|mfu|validation_\w+)":', reporter))
+    names |= set(re.findall(r'"(tokens_per_s|mfu|validation_\w+|refused\w*|rolled_back_from|skipped)":', reporter))
+    names |= {"refused_loss", "refused_gradient_norm"}
     assert set(re.findall(r"`(\w+)`", described)) - {"data"} >= names
     assert set(re.findall(r"`(\w+)`", described)) - names == set()
 

@@ -40,7 +40,16 @@ class ModelDirectoryError(AbyssalError):
 
 
 class TrainingError(AbyssalError):
-    """The run cannot go on: the loss or a gradient is not finite."""
+    """The run cannot go on: the loss or a gradient is not finite, or far above those of the steps before."""
+
+
+class Stopped(BaseException):
+    """A signal ended the run after a step that was saved; like KeyboardInterrupt, it is no fault and no `Exception`."""
+
+    def __init__(self, signal: int) -> None:
+        """Keep the number of the signal; a shell reports 128 plus it."""
+        super().__init__(signal)
+        self.signal = signal
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

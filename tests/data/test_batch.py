@@ -54,6 +54,18 @@ def test_skipped_sequences_are_not_trained_on(shards: Shards) -> None:
     assert torch.equal(skipping, torch.cat([plain[:2], plain[5:]]))
 
 
+def test_batch_names_the_sequence_indices_of_its_rows(shards: Shards) -> None:
+    assert loader(shards).batch(3, 4).ranges == ((3, 7),)
+    assert loader(shards, skipped=[(2, 5), (6, 9)]).batch(1, 4).ranges == ((1, 2), (5, 6), (9, 11))
+
+
+def test_skipping_loader_skips_its_own_ranges_only(shards: Shards) -> None:
+    first = loader(shards, skipped=[(0, 3)])
+    again = first.skipping(((2, 5),))
+    assert torch.equal(again.batch(0, 9).tokens, loader(shards, skipped=[(2, 5)]).batch(0, 9).tokens)
+    assert first.batch(0, 1).ranges == ((3, 4),)
+
+
 def test_a_corpus_shorter_than_one_window_is_refused_with_the_sizes(shards: Shards) -> None:
     assert count_windows(shards, 32) == 1
     with pytest.raises(DataError, match=r"has 33 training tokens, but train\.sequence_length=33 needs at least 34"):

@@ -73,12 +73,12 @@ def test_interrupted_run_resumes_with_the_same_losses_to_the_bit(
     whole_step, stop_at = loop.train_step, random.randint(4, 11)
     calls = 0
 
-    def interrupted_step(*arguments: Any) -> Any:
+    def interrupted_step(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == stop_at:
             raise KeyboardInterrupt
-        return whole_step(*arguments)
+        return whole_step(*arguments, **options)
 
     monkeypatch.setattr(loop, "train_step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +167,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_serves(small_run: Run
 
 
 FULL_DISK = """
-import resource, signal, sys
+import resource, signal, sys, time
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from pathlib import Path
 from rich.console import Console
@@ -176,12 +176,14 @@ from abyssal.errors import AbyssalError
 from abyssal.train import loop
 calls = 0
 step = loop.train_step
-def limited_step(*arguments):
+def limited_step(*arguments, **options):
     global calls
     calls += 1
     if calls == 5:  # after the first checkpoint, before the second
+        while not (Path(sys.argv[2]) / "checkpoints" / "step-00000003").exists():  # it is written meanwhile
+            time.sleep(0.001)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    return step(*arguments)
+    return step(*arguments, **options)
 loop.train_step = limited_step
 try:
     loop.start(load_recipe(sys.argv[1]), Path(sys.argv[2]), Console(quiet=True))

@@ -45,7 +45,15 @@ TENSOR_OVERHEAD_BYTES = 4096
 MAX_NAMES = 8
 
 
-def save_state(root: Path, step: int, tensors: Mapping[str, Any], progress: Mapping[str, Any], keep: int) -> Path:
+def save_state(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    keep: int,
+    *,
+    keep_multiples_of: int = 0,
+) -> Path:
     """Write `root/step-<step>/` whole or not at all, then remove the states of earlier steps beyond the newest `keep`.
 
     Args:
@@ -54,6 +62,7 @@ def save_state(root: Path, step: int, tensors: Mapping[str, Any], progress: Mapp
         tensors: nested dicts with tensors as leaves (`{"model": ..., "optimizer": ...}`); read, not changed.
         progress: what JSON can hold: step, sequences consumed, tokens.
         keep: how many states stay, this one included; later steps than this one are never removed.
+        keep_multiples_of: states of these steps are never removed; 0: every state may be.
 
     Raises:
         CheckpointError: the state exists, or the disk refused; earlier states are untouched.
@@ -76,6 +85,8 @@ def save_state(root: Path, step: int, tensors: Mapping[str, Any], progress: Mapp
             (staging / CHECKSUMS).write_text(_render(sums), encoding="utf-8")
     older = [path for path in states(root) if _step(path) < step]
     for path in older[: max(0, len(older) + 1 - keep)]:
+        if keep_multiples_of and _step(path) % keep_multiples_of == 0:
+            continue
         with os_faults(CheckpointError, path, "remove this older training state"):
             remove_directory(path)
     return target
@@ -215,7 +226,9 @@ def _check_file(path: Path, name: str, sums: Mapping[str, str]) -> None:
 
 
 def _way_out(path: Path) -> str:
-    return f"remove {path.name} to resume from the state before it"
+    if any((len(other.name), other.name) < (len(path.name), path.name) for other in states(path.parent)):
+        return f"remove {path.name} to resume from the state before it"
+    return f"remove {path.name}, and the run begins anew, since no earlier state is there"
 
 
 # DCP

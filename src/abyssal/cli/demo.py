@@ -34,6 +34,7 @@ def demo(
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
     from abyssal.demo.story import run_demo
+    from abyssal.errors import Stopped
     from abyssal.train.run_folder import RunFolder
 
     budget = MINUTES if minutes is None else minutes
@@ -47,6 +48,6 @@ def demo(
         )
     try:
         run_demo(config, out, Console(), program())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         typer.echo("\ninterrupted; the same command goes on from the newest checkpoint", err=True)
         raise

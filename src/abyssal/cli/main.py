@@ -18,7 +18,7 @@ from abyssal.cli.prepare import prepare
 from abyssal.cli.recipes import recipes
 from abyssal.cli.report import report
 from abyssal.cli.train import train
-from abyssal.errors import AbyssalError
+from abyssal.errors import AbyssalError, Stopped
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -46,7 +46,7 @@ def abyssal(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command and return the exit code: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.
+    """Run one command and return the exit code: 0, 1 for a failure, 2 for wrong usage, or 128 plus a signal.
 
     A fault of the user ends in one sentence on stderr; a defect of ours keeps its traceback.
     """
@@ -59,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "abyssal"
         return _fail(f"{error.format_message()}\nsee: {path} --help", error.exit_code)
+    except Stopped as stopped:
+        return 128 + stopped.signal
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:

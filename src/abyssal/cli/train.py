@@ -21,7 +21,7 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the newest checkpoint in that folder, with the recipe stored there."),
+        typer.Option("--resume", help="Go on from the newest checkpoint in that folder, with its recipe."),
     ] = False,
 ) -> None:
     """Train a model: prepare the data, run every step, and write a model directory.
@@ -36,7 +36,7 @@ def train(
 
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
-    from abyssal.errors import UsageError
+    from abyssal.errors import Stopped
     from abyssal.train.run_folder import RunFolder
 
     config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
@@ -47,10 +47,6 @@ def train(
     try:
         if not resume:
             model = loop.start(config, folder.path, console)
-        elif overrides:
-            raise UsageError(
-                f"--set {overrides[0]}: a resumed run keeps the recipe it was started with; leave --set out"
-            )
         else:
             stored = folder.resolved_config()
             console.print(
@@ -58,8 +54,8 @@ def train(
                 highlight=False,
                 markup=False,
             )
-            model = loop.resume(folder.path, console)
-    except KeyboardInterrupt:
+            model = loop.resume(folder.path, console, overrides or [])
+    except (KeyboardInterrupt, Stopped):
         again = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
         went_far = folder.recipe.is_file()  # written before the first step
         typer.echo(

@@ -86,6 +86,31 @@ class CheckpointConfig(Frozen):
 
     every_steps: PositiveInt = 500
     keep: PositiveInt = Field(default=2, description="the newest this many stay")
+    keep_every: NonNegativeInt = Field(default=0, description="every state of so many stays for good; 0: none")
+    export_every_steps: NonNegativeInt = Field(default=0, description="a model directory so often; 0: only at the end")
+
+
+class GuardConfig(Frozen):
+    """Which updates are refused: a loss or gradient norm above median + sigmas * sigma of the accepted steps before."""
+
+    sigmas: PositiveFloat = 10.0
+    window_steps: PositiveInt = Field(default=128, description="the median is that of so many accepted steps")
+    min_steps: PositiveInt = Field(default=32, description="before so many, only what is not finite is refused")
+    rollback_refusals: PositiveInt = Field(default=3, description="so many refused batches ...")
+    rollback_steps: PositiveInt = Field(default=20, description="... within so many steps, and the run goes back")
+    max_rollbacks: NonNegativeInt = Field(default=3, description="after so many the run ends")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_steps > self.window_steps:
+            raise ValueError(f"min_steps={self.min_steps}: must be at most window_steps={self.window_steps}")
+        return self
+
+
+class EmaConfig(Frozen):
+    """An exponential moving average of the weights, beside them."""
+
+    decay: float = Field(default=0.0, ge=0.0, lt=1.0, description="0: none is kept")
 
 
 class EvaluationConfig(Frozen):
@@ -111,6 +136,8 @@ class RunConfig(Frozen):
     schedule: ScheduleConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    guard: GuardConfig = GuardConfig()
+    ema: EmaConfig = EmaConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abyssal.data.order import WindowOrder
+from abyssal.data.order import Ranges, WindowOrder
 from abyssal.data.shards import Shards
 from abyssal.errors import DataError
 
@@ -19,6 +19,7 @@ class Batch:
 
     tokens: Tensor  # [B, S+1] int64
     first_sequence: int  # which sequence of the run row 0 is
+    ranges: Ranges = ()  # the sequence indices of its rows in the data order
 
 
 def count_windows(shards: Shards, sequence_length: int) -> int:
@@ -57,7 +58,13 @@ class BatchLoader:
 
     def batch(self, first_sequence: int, size: int) -> Batch:
         """Return the `size` sequences of the run from `first_sequence` on, skipped ones not counted."""
-        return Batch(torch.stack([self._sequence(first_sequence + row) for row in range(size)]), first_sequence)
+        rows = [self._sequence(first_sequence + row) for row in range(size)]
+        return Batch(torch.stack(rows), first_sequence, self._order.ranges(first_sequence, size))
+
+    def skipping(self, ranges: Ranges) -> BatchLoader:
+        """Return a loader of the same sequences without those of `ranges`, whatever this one skips."""
+        order = WindowOrder(self._order.seed, self._order.windows, ranges)
+        return BatchLoader(self._shards, order, self._sequence_length)
 
     def _sequence(self, n: int) -> Tensor:
         """Return the n-th sequence of the run, [S+1]."""

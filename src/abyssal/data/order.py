@@ -8,6 +8,8 @@ from math import isqrt
 
 from abyssal.errors import UsageError
 
+#: Ranges [start, stop) of sequence indices, sorted, none of which touch.
+Ranges = tuple[tuple[int, int], ...]
 #: Feistel rounds. Four make a permutation of many windows look random (Luby and Rackoff); two more help the few.
 ROUNDS = 6
 
@@ -38,7 +40,7 @@ class WindowOrder:
                 raise UsageError(f"skipped=({start}, {stop}): must be a range with 0 <= start < stop")
         self.seed = seed
         self.windows = windows
-        self.skipped = _merged(skipped)
+        self.skipped = merged(skipped)
         self._base = isqrt(windows - 1) + 1  # ceil of the square root
 
     def effective(self, n: int) -> int:
@@ -48,6 +50,10 @@ class WindowOrder:
                 break
             n += stop - start
         return n
+
+    def ranges(self, first: int, count: int) -> Ranges:
+        """Return the sequence indices of the `count` sequences to train on from the `first`-th on, as ranges."""
+        return merged((index, index + 1) for index in map(self.effective, range(first, first + count)))
 
     def window(self, sequence_index: int) -> int:
         """Return the window that the sequence is."""
@@ -67,12 +73,12 @@ class WindowOrder:
         return left * self._base + right
 
 
-def _merged(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Return sorted ranges with those that touch or overlap made one."""
-    merged: list[tuple[int, int]] = []
+    whole: list[tuple[int, int]] = []
     for start, stop in ranges:
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        if whole and start <= whole[-1][1]:
+            whole[-1] = (whole[-1][0], max(stop, whole[-1][1]))
         else:
-            merged.append((start, stop))
-    return tuple(merged)
+            whole.append((start, stop))
+    return tuple(whole)

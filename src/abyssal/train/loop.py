@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from abyssal.checkpoint.state import adamw_tensors, latest_state, load_state, save_state
+from abyssal.checkpoint.state import latest_state, read_progress
+from abyssal.checkpoint.writer import StateWriter
 from abyssal.config import RunConfig
-from abyssal.train.evaluation import score_documents
+from abyssal.config.resume import resumed_changes
+from abyssal.train.evaluation import Score, score_documents
 from abyssal.train.export import export_model
 from abyssal.train.inputs import Inputs, prepare_inputs, reopen_inputs
-from abyssal.train.optimizer import build_optimizer
-from abyssal.train.progress import Progress
 from abyssal.train.reporter import Reporter
 from abyssal.train.run_folder import RunFolder
-from abyssal.train.setup import build_model, decide, open_initial_weights, peak_flops, settle
-from abyssal.train.step import train_step
+from abyssal.train.setup import decide, open_initial_weights, peak_flops, settle
+from abyssal.train.signals import StopSignals
+from abyssal.train.step import RefusedUpdateError, train_step
+from abyssal.train.training_state import TrainingState
 
 
 def start(config: RunConfig, path: Path, console: Console) -> Path:
@@ -27,64 +29,111 @@ def start(config: RunConfig, path: Path, console: Console) -> Path:
 
     Raises:
         AbyssalError: a fault of recipe, corpus, disk or training, as one sentence.
+        Stopped: a signal asked for it; what was done is saved.
     """
     folder = RunFolder(path)
     folder.refuse_another()
     open_initial_weights(config)  # a wrong init_from is found before anything is written
     inputs = prepare_inputs(config, folder.data(config), console)
     config, sentences = decide(config, _device())
-    for sentence in sentences:
-        console.print(sentence, highlight=False)
+    _say(console, sentences)
     folder.begin(config)
     return _train(config, folder, inputs, console)
 
 
-def resume(path: Path, console: Console) -> Path:
+def resume(path: Path, console: Console, overrides: Sequence[str] = ()) -> Path:
     """Go on from the newest training state of the run in `path`, with the recipe it was started with.
 
     The run ends as it would have undisturbed: the same losses to the bit on the same machine.
+
+    Args:
+        path: the run's folder.
+        console: where the run is reported.
+        overrides: `section.field=value`, of the fields that may change (`abyssal.config.resume`).
     """
     folder = RunFolder(path)
-    config = folder.resolved_config()
+    before, config = folder.resolved_config(), folder.resolved_config(overrides)
+    newest = latest_state(folder.states)
+    if newest is not None:  # the stored recipe may have been edited since
+        before = RunConfig.parse(read_progress(newest).get("recipe", {}), source=str(newest))
+    source = f"--set {' '.join(overrides)}" if overrides else str(folder.recipe)
+    _say(console, resumed_changes(before, config, source))
+    if overrides:
+        folder.begin(config)
     settle(config.train.threads)
     return _train(config, folder, reopen_inputs(config, folder.data(config), console), console)
 
 
 def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Console) -> Path:
-    device, length, total = _device(), config.train.sequence_length, config.train.tokens
-    model = build_model(config, device)
-    optimizer = build_optimizer(model, config.optimizer)
-    tensors = {"model": model.state_dict(), "optimizer": adamw_tensors(optimizer, dict(model.named_parameters()))}
-    progress = _restore(folder, tensors)
+    device, length = _device(), config.train.sequence_length
+    state = TrainingState(config, device)
+    if newest := latest_state(folder.states):
+        state.restore(newest)
+    folder.cut_metrics(state.progress.step)
     evaluate = partial(
-        score_documents, model, inputs.validation, length, tokens_a_pass=config.train.micro_batch_size * length
+        score_documents, state.model, inputs.validation, length, tokens_a_pass=config.train.micro_batch_size * length
     )
-
-    with Reporter(console, folder, progress, config, peak_flops(config, device)) as reporter:
-        while progress.tokens < total:
-            batch = inputs.loader.batch(progress.sequences, config.batch_size_at(progress.tokens))
-            result = train_step(model, optimizer, batch.tokens.to(device), config, progress.tokens)
-            progress = progress.after(len(batch.tokens), length)
-            reporter.step(progress, result)
-            if progress.step % config.evaluation.every_steps == 0 and progress.tokens < total:
-                with reporter.apart():
-                    reporter.score(progress, evaluate(max_bytes=config.evaluation.max_bytes))
-            if progress.step % config.checkpoint.every_steps == 0 or progress.tokens >= total:
-                with reporter.apart():
-                    save_state(folder.states, progress.step, tensors, progress.to_json(), keep=config.checkpoint.keep)
+    export = partial(export_model, model=state.model, config=config, tokenizer=inputs.folder)
+    with Reporter(console, folder, state.progress, config, peak_flops(config, device)) as reporter:
+        _steps(state, folder, inputs, reporter, evaluate=evaluate, export=export)
+        reporter.score(state.progress, evaluate())
+    export(folder.model, progress=state.progress, score=reporter.last_score)
+    if state.average is not None:
+        state.model.load_state_dict(state.average.tensors)
         score = evaluate()
-        reporter.score(progress, score)
-    export_model(folder.model, model, config, progress, tokenizer=inputs.folder, score=score)
+        reporter.average_score(state.progress, score)
+        export(folder.average_model, progress=state.progress, score=score)
     folder.write_report()
     return folder.model
 
 
-def _restore(folder: RunFolder, tensors: dict[str, Any]) -> Progress:
-    """Load the newest training state into `tensors`, if there is one; cut the metrics to it."""
-    newest = latest_state(folder.states)
-    progress = Progress() if newest is None else Progress.from_json(load_state(newest, tensors))
-    folder.cut_metrics(progress.step)
-    return progress
+def _steps(
+    state: TrainingState,
+    folder: RunFolder,
+    inputs: Inputs,
+    reporter: Reporter,
+    *,
+    evaluate: Callable[..., Score],
+    export: Callable[..., None],
+) -> None:
+    """Make every step that is left, and what is due after it; end early, saved, where a signal asks for it."""
+    config, device, total, due = state.config, _device(), state.config.train.tokens, state.config.checkpoint
+    keep_multiples_of = due.keep_every * due.every_steps
+    with StopSignals() as signals:
+        with StateWriter(folder.states, keep=due.keep, keep_multiples_of=keep_multiples_of) as writer:
+            while state.progress.tokens < total and not signals.requested:
+                batch, seen = state.next_batch(inputs.loader), state.progress.tokens
+                try:
+                    windows = batch.tokens.to(device)
+                    result = train_step(state.model, state.optimizer, windows, config, seen, judge=state.judge)
+                except RefusedUpdateError as refused:
+                    state.refuse(batch)
+                    reporter.refused(state.progress, batch.ranges, refused)
+                    if state.guard.in_trouble(config.guard):
+                        writer.wait()  # the newest state may be under way still
+                        trouble = state.progress.step
+                        state.roll_back(folder.states, inputs.loader, refused)
+                        reporter.rolled_back(state.progress, trouble, state.guard.skipped)
+                    continue
+                state.accept(len(windows), result)
+                progress, ended = state.progress, state.progress.tokens >= total
+                reporter.step(progress, result)
+                with reporter.apart():
+                    if progress.step % config.evaluation.every_steps == 0 and not ended:
+                        reporter.score(progress, evaluate(max_bytes=config.evaluation.max_bytes))
+                    if due.export_every_steps and progress.step % due.export_every_steps == 0:
+                        export(folder.export(progress.step), progress=progress, score=reporter.last_score)
+                    if progress.step % due.every_steps == 0 or ended:
+                        writer.save(progress.step, state.tensors, state.record())
+                    writer.check()
+            if signals.requested and not writer.has(state.progress.step):
+                writer.save(state.progress.step, state.tensors, state.record())
+        signals.stop()  # not before the last state is on the disk
+
+
+def _say(console: Console, sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        console.print(sentence, highlight=False, markup=False)
 
 
 def _device() -> torch.device:

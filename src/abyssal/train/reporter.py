@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bar
 
 from abyssal.config import RunConfig
+from abyssal.data.order import Ranges
 from abyssal.plan import training_flops
 from abyssal.train.evaluation import Score
 from abyssal.train.progress import Progress
 from abyssal.train.run_folder import RunFolder
-from abyssal.train.step import StepResult
+from abyssal.train.step import RefusedUpdateError, StepResult
 
 COLUMNS = ("step", "loss", "mtp", "val bpb", "grad", "lr", "MaxVio", "tok/s", "MFU", "left")
 WIDTHS = (7, 7, 7, 8, 7, 9, 7, 8, 6, 8)
@@ -86,6 +88,36 @@ class Reporter:
             {**progress.to_json(), "validation_bits_per_byte": score.bits_per_byte, "validation_loss": score.loss}
         )
 
+    def average_score(self, progress: Progress, score: Score) -> None:
+        """Record the validation of the averaged weights."""
+        if not score.bytes:
+            return
+        self.folder.append_metrics({**progress.to_json(), "validation_ema_bits_per_byte": score.bits_per_byte})
+        self._say(f"validation of the averaged weights: {score.bits_per_byte:.4f} bits per byte", style=None)
+
+    def refused(self, progress: Progress, ranges: Ranges, refused: RefusedUpdateError) -> None:
+        """Record a refused batch under the number of the step that it was drawn for."""
+        seen = {"loss": refused.loss, "gradient_norm": refused.gradient_norm}
+        record = {
+            "refused": refused.reason,
+            **{f"refused_{name}": value if math.isfinite(value) else None for name, value in seen.items()},
+            "refused_sequences": ranges,
+        }
+        self.folder.append_metrics({**progress.to_json(), "step": progress.step + 1, **record})
+        self._say(f"step {progress.step + 1}: {refused}; skipped: sequences {_shown(ranges)}")
+
+    def rolled_back(self, progress: Progress, from_step: int, skipped: Ranges) -> None:
+        """Cut off the metrics of the steps after `progress`, which are made anew, and record the rollback."""
+        self.folder.cut_metrics(progress.step)
+        record = {"rolled_back_from": from_step, "skipped": skipped}
+        self.folder.append_metrics({**progress.to_json(), "step": progress.step + 1, **record})
+        self._say(f"back from step {from_step} to step {progress.step}; skipped: sequences {_shown(skipped)}")
+        self._bar.update(self._task, completed=progress.tokens)
+        self._since, self._tokens_since, self._apart = time.perf_counter(), progress.tokens, 0.0
+
+    def _say(self, sentence: str, style: str | None = "yellow") -> None:
+        self.console.print(sentence, style=style, highlight=False, markup=False)
+
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Leave what happens inside out of the training rate."""
@@ -123,3 +155,8 @@ class Reporter:
     def _print_row(self, cells: tuple[str, ...], style: str | None = None) -> None:
         row = "".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
         self.console.print(row, style=style, highlight=False)
+
+
+def _shown(ranges: Ranges) -> str:
+    """Return ranges for people, first and last included."""
+    return ", ".join(f"{start} to {stop - 1}" for start, stop in ranges)

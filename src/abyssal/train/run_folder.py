@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,15 @@ class RunFolder:
         """The page about the run."""
         return self.path / "report.html"
 
+    @property
+    def average_model(self) -> Path:
+        """The same of the averaged weights, where the run keeps them."""
+        return self.path / "model-ema"
+
+    def export(self, step: int) -> Path:
+        """The model directory that is exported after `step`."""
+        return self.path / "exports" / f"step-{step:08d}"
+
     def refuse_another(self) -> None:
         """Raise where a run stands already.
 
@@ -74,8 +83,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe, tomli_w.dumps(config.model_dump(exclude_none=True)))
 
-    def resolved_config(self) -> RunConfig:
-        """Return the recipe that the run was started with.
+    def resolved_config(self, overrides: Sequence[str] = ()) -> RunConfig:
+        """Return the recipe that the run was started with, changed by `overrides`.
 
         Raises:
             UsageError: no run here.
@@ -83,7 +92,7 @@ class RunFolder:
         """
         if not self.recipe.is_file():
             raise UsageError(f"{self.path}: no run to resume here (it has no recipe.toml)")
-        return load_recipe(str(self.recipe))
+        return load_recipe(str(self.recipe), overrides)
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run makes again; a line cut short is dropped too."""

@@ -32,11 +32,16 @@ def build_model(config: RunConfig, device: torch.device) -> Transformer:
         model = Transformer(config.model, choose_kernels(device, dtype), compute_dtype=dtype)
     model.to(torch.promote_types(dtype, torch.float32))
     model.to_empty(device=device)
+    initial_weights(model, config)
+    return model
+
+
+def initial_weights(model: Transformer, config: RunConfig) -> None:
+    """Fill a model in place with the weights that the run begins with."""
     initialise(model, config.seed)
     reader = open_initial_weights(config)
     if reader is not None:  # MTP modules that the directory lacks keep their initial weights
         load_into(model, reader, allow_missing_mtp=True)
-    return model
 
 
 def open_initial_weights(config: RunConfig) -> ModelReader | None:

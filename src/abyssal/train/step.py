@@ -5,7 +5,7 @@ Legend: B sequences, S positions each, E routed experts.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from abyssal.config import RunConfig
 from abyssal.errors import TrainingError
 from abyssal.model import Transformer
 from abyssal.train.balancing import add_loads, max_violation, update_biases
+from abyssal.train.guard import non_finite
 from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
 from abyssal.train.optimizer import clip_gradients, set_learning_rate
 
@@ -32,17 +33,33 @@ class StepResult:
     expert_load: dict[int, list[int]]  # layer -> tokens sent to each expert
 
 
+class RefusedUpdateError(TrainingError):
+    """This step's update was not applied; weights, moments and biases are as before it."""
+
+    def __init__(self, reason: str, loss: float, gradient_norm: float) -> None:
+        """Keep what was seen; `reason` is a clause for people."""
+        super().__init__(f"{reason}; this update was not applied")
+        self.reason, self.loss, self.gradient_norm = reason, loss, gradient_norm
+
+
 def train_step(
-    model: Transformer, optimizer: torch.optim.Optimizer, windows: Tensor, config: RunConfig, tokens_seen: int
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    windows: Tensor,
+    config: RunConfig,
+    tokens_seen: int,
+    *,
+    judge: Callable[[float, float], str | None] = non_finite,
 ) -> StepResult:
     """Accumulate the batch's gradients, clip, update the weights, then the balancing biases.
 
     Args:
         windows: [B, S + 1] token ids, the whole batch.
         tokens_seen: before this step; the schedules are functions of it.
+        judge: takes loss and gradient norm, and says why the update is to be refused, or none.
 
     Raises:
-        TrainingError: the loss or the gradient norm is not finite; weights, moments and biases are as before.
+        RefusedUpdateError: `judge` refused; weights, moments and biases are as before.
     """
     total_tokens, schedule = config.train.tokens, config.schedule
     learning_rate = schedule.learning_rate.at(tokens_seen, total_tokens)
@@ -66,8 +83,8 @@ def train_step(
         balance += [value.cpu() for value in part.statistics.balance_loss.values()]
     norm = clip_gradients(model, config.optimizer.max_grad_norm).item()
     loss = main.item() / weights.tokens
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(f"loss {loss} and gradient norm {norm} must be finite; this update was not applied")
+    if reason := judge(loss, norm):
+        raise RefusedUpdateError(reason, loss, norm)
     set_learning_rate(optimizer, learning_rate)
     optimizer.step()
     update_biases(model, loads, schedule.bias_update_speed.at(tokens_seen, total_tokens))
