@@ -25,13 +25,17 @@ class DataConfig(Frozen):
     is 1, and to training otherwise.
     """
 
-    corpus: tuple[str, ...] = Field(default=(), description="folders, text files or .jsonl files")
+    corpus: tuple[str, ...] = Field(default=(), description="folders, text files, .jsonl, .parquet or hf: data sets")
     suffixes: tuple[str, ...] = Field(default=(".py", ".md", ".txt", ".rst"), description="file names read in folders")
     exclude: tuple[str, ...] = Field(default=(), description="folder names left out, wherever they stand")
     text_field: str = Field(default="text", description="the field of a .jsonl line that holds the document")
     folder: str | None = Field(default=None, description="prepared shards to use or make; none: the run's own folder")
     split_modulus: int = Field(default=20, ge=3)
     on_undecodable: Literal["fail", "skip"] = Field(default="fail", description="a file that is not UTF-8")
+    fim_rate: float = Field(default=0.0, ge=0, le=1, description="share of training documents learnt middle last")
+    split_merged_rate: float = Field(
+        default=0.0, ge=0, le=1, description="share of tokens of punctuation and line ends taken apart in training"
+    )
 
 
 class TrainConfig(Frozen):

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from abyssal.config.run import DataConfig
+from abyssal.data.unpack import HUGGING_FACE, PACKED, data_set_identity, unpack
 from abyssal.errors import DataError
 
 #: The corpus that every machine has: the source of Python's own standard library.
@@ -29,7 +31,7 @@ class DocumentRef:
     """Where one document lies.
 
     `key` is the path relative to its corpus, with `/` between folders, and `:line` behind it for a line of a .jsonl
-    file. It alone fixes the document's split and, with the seed, its place in the order.
+    file or a row. It alone fixes the document's split and, with the seed, its place in the order.
     """
 
     key: str
@@ -37,29 +39,74 @@ class DocumentRef:
     size: int  # bytes on disk
     offset: int = 0  # of a .jsonl line, in bytes
     line: int = 0  # of a .jsonl file, from 1; 0: the document is the whole file
+    origin: str = ""  # the packed file or data set that `path` was unpacked from
 
 
-def find_documents(config: DataConfig) -> list[DocumentRef]:
-    """List the documents of every corpus: corpora as given, files by relative path, lines as they stand.
+@dataclass(frozen=True, slots=True)
+class CorpusFile:
+    """One file of a corpus, or one data set: what may be opened only when it is needed."""
 
-    Links to folders are not followed.
+    entry: str  # of data.corpus
+    key: str
+    name: str  # its path, or the `hf:` entry
+    identity: str  # changes when its content does
+
+    @property
+    def packed(self) -> bool:
+        """Whether documents cannot be read out of it before it is unpacked."""
+        return self.name.startswith(HUGGING_FACE) or self.name.endswith(PACKED)
+
+
+def find_files(config: DataConfig) -> list[CorpusFile]:
+    """List the files of every corpus: corpora as given, files by relative path. Links to folders are not followed.
 
     Raises:
-        DataError: no corpus is named, one does not exist or cannot be read, or one has no documents.
+        DataError: no corpus is named, or one does not exist or cannot be read.
     """
     if not config.corpus:
         raise DataError(f"data.corpus=[]: must name folders, text files or .jsonl files, or {STDLIB!r}")
-    found: list[DocumentRef] = []
+    found: list[CorpusFile] = []
     for entry in config.corpus:
-        before = len(found)
-        for key, path in sorted(_files(entry, config)):
-            found += _lines(key, path) if path.suffix == ".jsonl" else [DocumentRef(key, path, _size(path))]
-        if len(found) == before:
+        if entry.startswith(HUGGING_FACE):
+            found.append(CorpusFile(entry, entry.removeprefix(HUGGING_FACE), entry, data_set_identity(entry)))
+        else:
+            for key, path in sorted(_files(entry, config)):
+                found.append(CorpusFile(entry, key, str(path), _identity(path)))
+    return found
+
+
+def find_documents(config: DataConfig, files: Sequence[CorpusFile], unpacked: Path) -> Iterator[DocumentRef]:
+    """Yield the documents in these files in their order, lines and rows as they stand.
+
+    Args:
+        config: the recipe's.
+        files: as `find_files` lists them.
+        unpacked: a folder for what has to be unpacked.
+
+    Raises:
+        DataError: a file cannot be read or unpacked, or a corpus has no documents.
+    """
+    counts = Counter[str]()
+    for file in files:
+        for ref in _documents(file, config, unpacked):
+            counts[file.entry] += 1
+            yield ref
+    for entry in config.corpus:
+        if not counts[entry]:
             raise DataError(
                 f"data.corpus={entry!r}: no documents there; read are files named {', '.join(config.suffixes)} "
                 f"(data.suffixes) outside of folders named {', '.join(config.exclude) or '-'} (data.exclude)"
             )
-    return found
+
+
+def _documents(file: CorpusFile, config: DataConfig, unpacked: Path) -> Iterator[DocumentRef]:
+    """Yield the documents of one file."""
+    if file.packed:
+        yield from _lines(file.key, unpack(file.name, file.identity, config.text_field, unpacked), file.name)
+    elif file.name.endswith(".jsonl"):
+        yield from _lines(file.key, Path(file.name))
+    else:
+        yield DocumentRef(file.key, Path(file.name), _stat(Path(file.name)).st_size)
 
 
 def read_document(ref: DocumentRef, text_field: str = "text") -> str:
@@ -79,7 +126,7 @@ def read_document(ref: DocumentRef, text_field: str = "text") -> str:
             content = file.read(ref.size) if ref.line else file.read()
     except OSError as error:
         _unreadable(error, ref.path)
-    where = f"{ref.path}:{ref.line}" if ref.line else str(ref.path)
+    where = f"{ref.origin or ref.path}:{ref.line}" if ref.line else str(ref.path)
     try:
         text = content.decode()
         if ref.line:
@@ -122,14 +169,14 @@ def _files(entry: str, config: DataConfig) -> Iterator[tuple[str, Path]]:
                 yield path.relative_to(root).as_posix(), path
 
 
-def _lines(key: str, path: Path) -> Iterator[DocumentRef]:
+def _lines(key: str, path: Path, origin: str = "") -> Iterator[DocumentRef]:
     """Yield a reference to every line of a .jsonl file that is not blank."""
     offset = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield DocumentRef(f"{key}:{number}", path, len(line), offset, number)
+                    yield DocumentRef(f"{key}:{number}", path, len(line), offset, number, origin)
                 offset += len(line)
     except OSError as error:
         _unreadable(error, path)
@@ -150,9 +197,14 @@ def _field(line: str, field: str, where: str) -> str:
     return text
 
 
-def _size(path: Path) -> int:
+def _identity(path: Path) -> str:
+    status = _stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError as error:
         _unreadable(error, path)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from abyssal.config.run import DataConfig
+from abyssal.data.augment import TrainingText
 from abyssal.data.corpus import DocumentRef, SplitName, UndecodableError, read_document
 from abyssal.data.manifest import Shard
 from abyssal.data.shards import token_dtype, write_shard
@@ -83,22 +84,26 @@ class ShardEncoder:
     folder: Path
     tokenizer: Tokenizer
     reader: DocumentReader
+    seed: int = 0  # of what is random in training documents
 
     def write(self, plan: ShardPlan) -> WrittenShard:
-        """Write one shard: every document as BOS, text, EOS.
+        """Write one shard: every document as BOS, text, EOS, the text rearranged in training documents.
 
         Raises:
             DataError: a document cannot be read, or the shard not be written.
         """
         dtype = token_dtype(self.tokenizer.vocab_size)
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        training_text = TrainingText(self.tokenizer, self.reader.config, self.seed)
         documents, num_bytes, dropped = [], [], Counter[str]()
         for ref in plan.documents:
             text, reason = self.reader.read(ref, plan.split)
             if reason:
                 dropped[reason] += 1
                 continue
-            documents.append(np.array([bos, *self.tokenizer.encode_document(text), eos], dtype))
+            training = plan.split == "train"
+            ids = training_text.encode(text, ref.key) if training else self.tokenizer.encode_document(text)
+            documents.append(np.array([bos, *ids, eos], dtype))
             num_bytes.append(len(text.encode()))
         return WrittenShard(plan, write_shard(self.folder / plan.name, documents, num_bytes, dtype), dropped)
 

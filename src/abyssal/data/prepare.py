@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from abyssal.config.run import DataConfig, TokenizerConfig
 from abyssal.data import manifest as manifests
-from abyssal.data.corpus import DocumentRef, SplitName, find_documents, split_of
+from abyssal.data.corpus import CorpusFile, DocumentRef, SplitName, find_documents, find_files, split_of
 from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, WrittenShard, digest, write_shards
 from abyssal.data.manifest import Dropped, Manifest, Split
 from abyssal.data.shards import Shards, token_dtype
@@ -26,6 +27,8 @@ from abyssal.text.tokenizer import Tokenizer
 #: A shard holds 1/64 of the corpus, so that many processes share the work evenly, but neither less nor more than this.
 SHARDS_PER_CORPUS = 64
 SHARD_BYTES = (1 << 20, 1 << 28)
+#: The folder in a data folder for what had to be unpacked; it is there only until the data is prepared.
+UNPACKED = "unpacked"
 
 Documents = dict[SplitName, list[DocumentRef]]
 
@@ -58,19 +61,20 @@ def prepare(
         DataError: the corpus is missing, empty or damaged, the tokenizer does not fit, the disk is full, or `out`
             was prepared from other inputs.
     """
-    references = find_documents(config)
+    files = find_files(config)
     loaded = None if tokenizer.path is None else _load_tokenizer(Path(tokenizer.path), vocab_size)
     inputs = {
         "data": config.model_dump(mode="json", exclude={"folder"}),
         "tokenizer": tokenizer.model_dump(mode="json") | {"fingerprint": loaded and loaded.fingerprint},
         "vocab_size": vocab_size,
         "seed": seed,
-        "corpus": _listing(references),
+        "corpus": _listing(files),
     }
     with _bars(progress) as bars:
         if (out / manifests.NAME).exists():
             return _reuse(out, inputs, bars)
         _make_empty(out)
+        references = list(find_documents(config, files, out / UNPACKED))
         documents = _in_order(references, config.split_modulus, seed)
         reader = _protect(documents, DocumentReader(config), bars)
         if loaded is None:
@@ -78,7 +82,7 @@ def prepare(
         with whole_file(out / "tokenizer.json") as file:
             file.write(loaded.to_json().encode())
         write_tokenizer_config(out, loaded)
-        written = _write(ShardEncoder(out, loaded, reader), documents, workers, bars)
+        written = _write(ShardEncoder(out, loaded, reader, seed), documents, workers, bars)
     manifest = Manifest(
         tokenizer=loaded.fingerprint,
         dtype=token_dtype(loaded.vocab_size),
@@ -94,6 +98,7 @@ def prepare(
             "give more, or raise data.split_modulus"
         )
     manifest.write(out)
+    shutil.rmtree(out / UNPACKED, ignore_errors=True)
     return manifest
 
 
@@ -108,12 +113,11 @@ def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _listing(references: list[DocumentRef]) -> str:
-    """Return a digest that changes when a document is added, removed, renamed or edited."""
-    changed = {path: path.stat().st_mtime_ns for path in {ref.path for ref in references}}
+def _listing(files: list[CorpusFile]) -> str:
+    """Return a digest that changes when a file is added, removed, renamed or edited."""
     lines = hashlib.sha256()
-    for ref in references:
-        lines.update(f"{ref.key}\0{ref.size}\0{changed[ref.path]}\n".encode(errors="surrogateescape"))
+    for file in files:
+        lines.update(f"{file.key}\0{file.identity}\n".encode(errors="surrogateescape"))
     return lines.hexdigest()
 
 
