@@ -51,9 +51,7 @@ def test_share_of_merged_tokens_is_taken_apart_into_punctuation_and_line_ends() 
     assert not any(text.isspace() or "\ufffd" in text or text.strip()[0].isalnum() for text in merged)
     before, after = (sum(token in training.merged for ids in all_.values() for token in ids) for all_ in (plain, found))
     assert 0.6 < after / before < 0.8
-    assert all(
-        TOKENIZER.decode(pair[-1:]).strip("\r\n") == "" and len(pair) >= 2 for pair in training.merged.values()
-    )
+    assert all(TOKENIZER.decode(pair[-1:]).strip("\r\n") == "" and len(pair) >= 2 for pair in training.merged.values())
 
 
 def test_randomness_is_of_seed_and_document_alone() -> None:

@@ -79,8 +79,7 @@ class TrainingText:
         digest = int.from_bytes(blake2b(message, digest_size=16).digest(), "big")
         # raw output, which numpy keeps as it is; how its distributions are drawn may change
         raw = np.random.Philox(key=digest).random_raw(count)
-        numbers: NDArray[np.float64] = (raw >> np.uint64(11)) * 2.0**-53
-        return numbers
+        return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _is_punctuation(text: str) -> bool:

@@ -40,13 +40,15 @@ class DocumentRef:
     offset: int = 0  # of a .jsonl line, in bytes
     line: int = 0  # of a .jsonl file, from 1; 0: the document is the whole file
     origin: str = ""  # the packed file or data set that `path` was unpacked from
+    source: str = ""  # the name of its source
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusFile:
     """One file of a corpus, or one data set: what may be opened only when it is needed."""
 
-    entry: str  # of data.corpus
+    source: str  # "" where sources have no names
+    entry: str  # of data.corpus, or of the source's paths
     key: str
     name: str  # its path, or the `hf:` entry
     identity: str  # changes when its content does
@@ -63,15 +65,16 @@ def find_files(config: DataConfig) -> list[CorpusFile]:
     Raises:
         DataError: no corpus is named, or one does not exist or cannot be read.
     """
-    if not config.corpus:
+    if not config.entries:
         raise DataError(f"data.corpus=[]: must name folders, text files or .jsonl files, or {STDLIB!r}")
     found: list[CorpusFile] = []
-    for entry in config.corpus:
+    for source, entry in config.entries:
         if entry.startswith(HUGGING_FACE):
-            found.append(CorpusFile(entry, entry.removeprefix(HUGGING_FACE), entry, data_set_identity(entry)))
+            key = entry.removeprefix(HUGGING_FACE)
+            found.append(CorpusFile(source, entry, key, entry, data_set_identity(entry)))
         else:
-            for key, path in sorted(_files(entry, config)):
-                found.append(CorpusFile(entry, key, str(path), _identity(path)))
+            for key, path in sorted(_files(source, entry, config)):
+                found.append(CorpusFile(source, entry, key, str(path), _identity(path)))
     return found
 
 
@@ -86,27 +89,33 @@ def find_documents(config: DataConfig, files: Sequence[CorpusFile], unpacked: Pa
     Raises:
         DataError: a file cannot be read or unpacked, or a corpus has no documents.
     """
-    counts = Counter[str]()
+    counts = Counter[tuple[str, str]]()
     for file in files:
         for ref in _documents(file, config, unpacked):
-            counts[file.entry] += 1
+            counts[file.source, file.entry] += 1
             yield ref
-    for entry in config.corpus:
-        if not counts[entry]:
+    for source, entry in config.entries:
+        if not counts[source, entry]:
             raise DataError(
-                f"data.corpus={entry!r}: no documents there; read are files named {', '.join(config.suffixes)} "
+                f"{_field_of(source)}={entry!r}: no documents there; read are files named {', '.join(config.suffixes)} "
                 f"(data.suffixes) outside of folders named {', '.join(config.exclude) or '-'} (data.exclude)"
             )
+
+
+def _field_of(source: str) -> str:
+    """Return the field of the recipe that an entry stands in, as sentences name it."""
+    return f"data.sources.{source}.paths" if source else "data.corpus"
 
 
 def _documents(file: CorpusFile, config: DataConfig, unpacked: Path) -> Iterator[DocumentRef]:
     """Yield the documents of one file."""
     if file.packed:
-        yield from _lines(file.key, unpack(file.name, file.identity, config.text_field, unpacked), file.name)
+        yield from _lines(file, unpack(file.name, file.identity, config.text_field, unpacked), file.name)
     elif file.name.endswith(".jsonl"):
-        yield from _lines(file.key, Path(file.name))
+        yield from _lines(file, Path(file.name))
     else:
-        yield DocumentRef(file.key, Path(file.name), _stat(Path(file.name)).st_size)
+        path = Path(file.name)
+        yield DocumentRef(file.key, path, _stat(path).st_size, source=file.source)
 
 
 def read_document(ref: DocumentRef, text_field: str = "text") -> str:
@@ -152,14 +161,14 @@ def split_of(key: str, modulus: int) -> SplitName:
             return "train"
 
 
-def _files(entry: str, config: DataConfig) -> Iterator[tuple[str, Path]]:
+def _files(source: str, entry: str, config: DataConfig) -> Iterator[tuple[str, Path]]:
     """Yield the key and path of every file of one corpus, in no order."""
     root = Path(sysconfig.get_path("stdlib") if entry == STDLIB else entry)
     if root.is_file():
         yield root.name, root
         return
     if not root.is_dir():
-        raise DataError(f"data.corpus={entry!r}: no such file or folder; must be either, or {STDLIB!r}")
+        raise DataError(f"{_field_of(source)}={entry!r}: no such file or folder; must be either, or {STDLIB!r}")
     # without onerror, a folder that may not be read would be left out without a word
     for folder, subfolders, names in os.walk(root, onerror=_unreadable):
         subfolders[:] = [name for name in subfolders if name not in config.exclude]
@@ -169,14 +178,14 @@ def _files(entry: str, config: DataConfig) -> Iterator[tuple[str, Path]]:
                 yield path.relative_to(root).as_posix(), path
 
 
-def _lines(key: str, path: Path, origin: str = "") -> Iterator[DocumentRef]:
+def _lines(file: CorpusFile, path: Path, origin: str = "") -> Iterator[DocumentRef]:
     """Yield a reference to every line of a .jsonl file that is not blank."""
     offset = 0
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with path.open("rb") as content:
+            for number, line in enumerate(content, start=1):
                 if line.strip():
-                    yield DocumentRef(f"{key}:{number}", path, len(line), offset, number, origin)
+                    yield DocumentRef(f"{file.key}:{number}", path, len(line), offset, number, origin, file.source)
                 offset += len(line)
     except OSError as error:
         _unreadable(error, path)

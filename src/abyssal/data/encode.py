@@ -18,6 +18,7 @@ from abyssal.config.run import DataConfig
 from abyssal.data.augment import TrainingText
 from abyssal.data.corpus import DocumentRef, SplitName, UndecodableError, read_document
 from abyssal.data.manifest import Shard
+from abyssal.data.quality import fault_of
 from abyssal.data.shards import token_dtype, write_shard
 from abyssal.errors import DataError
 from abyssal.text.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ class ShardPlan:
 
     split: SplitName
     name: str
-    documents: tuple[DocumentRef, ...]
+    documents: tuple[DocumentRef, ...]  # of one source, in the training split
 
     @property
     def size(self) -> int:
@@ -67,8 +68,9 @@ class DocumentReader:
             return "", "undecodable"
         if not text:
             return "", "empty"
-        if split == "train" and digest(text) in self.protected:
-            return "", "duplicate"
+        if split == "train":
+            reason = "duplicate" if digest(text) in self.protected else fault_of(text, self.config)
+            return ("", reason) if reason else (text, None)
         return text, None
 
 

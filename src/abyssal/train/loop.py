@@ -63,7 +63,8 @@ def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Consol
     with Reporter(console, folder, progress, config, peak_flops(config, device)) as reporter:
         while progress.tokens < total:
             batch = inputs.loader.batch(progress.sequences, config.batch_size_at(progress.tokens))
-            result = train_step(model, optimizer, batch.tokens.to(device), config, progress.tokens)
+            windows = batch.tokens.to(device)
+            result = train_step(model, optimizer, windows, config, progress.tokens, lengths=batch.lengths)
             progress = progress.after(len(batch.tokens), length)
             reporter.step(progress, result)
             if progress.step % config.evaluation.every_steps == 0 and progress.tokens < total:

@@ -6,6 +6,7 @@ Legend: B sequences, S positions each, E routed experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +34,20 @@ class StepResult:
 
 
 def train_step(
-    model: Transformer, optimizer: torch.optim.Optimizer, windows: Tensor, config: RunConfig, tokens_seen: int
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    windows: Tensor,
+    config: RunConfig,
+    tokens_seen: int,
+    *,
+    lengths: Sequence[Sequence[int]] = (),
 ) -> StepResult:
     """Accumulate the batch's gradients, clip, update the weights, then the balancing biases.
 
     Args:
         windows: [B, S + 1] token ids, the whole batch.
         tokens_seen: before this step; the schedules are functions of it.
+        lengths: of each window, the inputs of one document after another, where none may see another document.
 
     Raises:
         TrainingError: the loss or the gradient norm is not finite; weights, moments and biases are as before.
@@ -49,7 +57,7 @@ def train_step(
     sequences, positions = windows.shape[0], windows.shape[1] - 1
     weights = ObjectiveWeights(
         tokens=sequences * positions,
-        sequences=sequences,
+        sequences=sum(map(len, lengths)) or sequences,
         mtp=schedule.mtp_weight.at(tokens_seen, total_tokens),
         balance=config.objective.balance_alpha,
     )
@@ -57,8 +65,9 @@ def train_step(
     loads: dict[int, Tensor] = {}
     balance: list[Tensor] = []
     optimizer.zero_grad(set_to_none=True)
-    for micro_batch in windows.split(config.train.micro_batch_size):
-        part = micro_batch_loss(model, micro_batch, weights)
+    size = config.train.micro_batch_size
+    for first, micro_batch in zip(range(0, sequences, size), windows.split(size), strict=True):
+        part = micro_batch_loss(model, micro_batch, weights, lengths[first : first + size])
         part.total.backward()
         main = main + part.main.cpu()
         mtp = [a + b.cpu() for a, b in zip(mtp, part.mtp, strict=True)]
