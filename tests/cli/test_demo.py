@@ -65,7 +65,7 @@ def test_demo_trains_once_and_then_only_shows(abyssal: Call, small: list[str], c
 def test_interrupted_demo_goes_on_and_names_the_options_it_cannot_take(
     abyssal: Call, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     command = ("demo", "--out", "d", *small, "--set", "train.time_budget_s=0.1")

@@ -27,12 +27,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
     """Let the call with this number of a function of the loop meet a Ctrl-C."""
     original, calls = getattr(loop, name), 0
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(loop, name, interrupted)
 

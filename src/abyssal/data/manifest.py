@@ -40,6 +40,14 @@ class Shard(Frozen):
         return self.token_file, self.document_file, self.byte_file
 
 
+class ShardRecord(Frozen):
+    """A finished shard of a folder that is not: `{split}-{n:05d}.json`, there until the manifest is."""
+
+    documents: str  # a digest of those that it was made from
+    shard: Shard
+    dropped: dict[str, NonNegativeInt]  # by the field names of `Dropped`
+
+
 class Split(Frozen):
     """The shards of one split in order, and their sums."""
 

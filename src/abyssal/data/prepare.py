@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections import Counter
@@ -28,6 +29,9 @@ from abyssal.text.tokenizer import Tokenizer
 #: A shard holds 1/64 of the corpus, so that many processes share the work evenly, but neither less nor more than this.
 SHARDS_PER_CORPUS = 64
 SHARD_BYTES = (1 << 20, 1 << 28)
+#: What shards without a manifest are made from; written once their tokenizer is there.
+UNFINISHED = "unfinished.json"
+RECORD = re.compile(r"(train|validation|heldout)-\d+\.json")
 #: Fields of the recipe's data section that change no byte of a shard.
 NOT_IN_SHARDS: Any = {"folder": True, "mask_documents": True, "weights": True, "sources": {"__all__": {"weight"}}}
 #: The folder in a data folder for what had to be unpacked; it is there only until the data is prepared.
@@ -76,16 +80,14 @@ def prepare(
     with _bars(progress) as bars:
         if (out / manifests.NAME).exists():
             return _reuse(out, inputs, bars)
-        _make_empty(out)
+        loaded = _finished_tokenizer(out, inputs) or loaded
         references = list(find_documents(config, files, out / UNPACKED))
         documents = _in_order(references, config.split_modulus, seed)
         reader = _protect(documents, DocumentReader(config), bars)
         copies = _leave_out_copies(documents, reader, bars)
         if loaded is None:
             loaded = _train_tokenizer(documents["train"], reader, tokenizer.train_bytes, vocab_size, bars)
-        with whole_file(out / "tokenizer.json") as file:
-            file.write(loaded.to_json().encode())
-        write_tokenizer_config(out, loaded)
+        _begin(out, loaded, inputs)
         written = _write(ShardEncoder(out, loaded, reader, seed), documents, workers, bars)
     manifest = Manifest(
         tokenizer=loaded.fingerprint,
@@ -110,8 +112,39 @@ def prepare(
                 "kept; give it more, or leave it out"
             )
     manifest.write(out)
-    shutil.rmtree(out / UNPACKED, ignore_errors=True)
+    _tidy(out)
     return manifest
+
+
+def _finished_tokenizer(out: Path, inputs: dict[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer of an interrupted preparation from the same inputs, whose shards then stay.
+
+    What was left by one from other inputs is taken away, but for what it unpacked.
+    """
+    try:
+        if json.loads((out / UNFINISHED).read_bytes()) == json.loads(json.dumps(inputs)):
+            return Tokenizer.load(out)
+    except (OSError, ValueError, DataError):  # there is none, or it was not begun
+        pass
+    _make_empty(out)
+    return None
+
+
+def _begin(out: Path, tokenizer: Tokenizer, inputs: dict[str, Any]) -> None:
+    """Write the tokenizer, and after it what it and the shards are made from."""
+    with whole_file(out / "tokenizer.json") as file:
+        file.write(tokenizer.to_json().encode())
+    write_tokenizer_config(out, tokenizer)
+    with whole_file(out / UNFINISHED) as file:
+        file.write(json.dumps(inputs).encode())
+
+
+def _tidy(out: Path) -> None:
+    """Take away what only an interrupted preparation needs."""
+    shutil.rmtree(out / UNPACKED, ignore_errors=True)
+    for path in out.iterdir():
+        if path.name == UNFINISHED or RECORD.fullmatch(path.name):
+            path.unlink()
 
 
 def _sources(config: DataConfig, written: list[WrittenShard]) -> tuple[Source, ...]:
@@ -157,6 +190,7 @@ def _reuse(out: Path, inputs: dict[str, Any], bars: Progress) -> Manifest:
             raise DataError(f"{out}: was prepared {what}; choose another folder or delete this one")
     if Tokenizer.load(out).fingerprint != manifest.tokenizer:
         raise DataError(f"{out / 'tokenizer.json'}: not the tokenizer of these shards; {manifests.again(out)}")
+    _tidy(out)
     sizes = {split: sum(f.size for shard in s.shards for f in shard.files) for split, s in manifest.splits.items()}
     task = bars.add_task("Checking", total=sum(sizes.values()))
     for split, size in sizes.items():
@@ -175,7 +209,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _make_empty(out: Path) -> None:
     """Make the folder, or take what an interrupted preparation left in it away."""
-    ours = re.compile(rf"(train|validation|heldout)-\d+\.\w+\.npy({PARTIAL})?|{manifests.NAME}{PARTIAL}")
+    shard = rf"(train|validation|heldout)-\d+\.(\w+\.npy|json)({PARTIAL})?"
+    ours = re.compile(rf"{shard}|{UNFINISHED}({PARTIAL})?|{manifests.NAME}{PARTIAL}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():

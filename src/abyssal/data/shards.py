@@ -57,6 +57,19 @@ def write_shard(stem: Path, documents: Sequence[NDArray[Any]], num_bytes: Sequen
     )
 
 
+def is_whole(folder: Path, shard: Shard) -> bool:
+    """Whether every file of a shard is there and is what was written."""
+    try:
+        return all(_checksum(folder / file.name) == file.sha256 for file in shard.files)
+    except OSError:
+        return False
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 class Shards:
     """One split of a data folder: `tokens[a:b]` of it as one stream, or document by document."""
 
@@ -101,9 +114,7 @@ class Shards:
         """
         for file in self._files():
             path = self.folder / file.name
-            with path.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            if digest != file.sha256:
+            if _checksum(path) != file.sha256:
                 raise DataError(f"{path}: damaged, its checksum is not the one in the manifest; {again(self.folder)}")
 
     def document(self, index: int) -> NDArray[np.int64]:
