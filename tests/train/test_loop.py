@@ -197,7 +197,6 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from pathlib import Path
 from rich.console import Console
 from abyssal.config import load_recipe
-from abyssal.config.run import DataConfig, SourceConfig
 from abyssal.errors import AbyssalError
 from abyssal.train import loop
 calls = 0
