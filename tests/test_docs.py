@@ -344,6 +344,8 @@ def test_every_field_of_a_recipe_is_in_the_table_with_its_default() -> None:
         written = rows[name].strip()
         if isinstance(field.default, bool | str) and field.default:
             assert written == f"`{field.default}`", name
+        elif isinstance(field.default, bool):
+            assert written == "`false`", name
         elif isinstance(field.default, int | float):
             assert float(written.replace(",", "")) == field.default, name
         elif field.is_required():

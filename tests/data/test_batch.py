@@ -106,3 +106,16 @@ def test_evaluation_takes_whole_documents_up_to_the_bytes(
 def test_evaluation_of_nothing_is_nothing(make_shards, tmp_path: Path) -> None:
     make_shards([])
     assert list(evaluation_sequences(Shards.open(tmp_path, "train"), S)) == []
+
+
+def test_batches_tell_where_documents_begin_when_asked(make_shards, tmp_path: Path) -> None:
+    make_shards([[5, 6, 7], [8]], [], [[9] * 9, [10, 11]], [[12] * 6])
+    shards = Shards.open(tmp_path, "train")  # documents begin at 0, 3, 4, 13 and 15, of 21 tokens
+    assert shards.document_starts(0, 21) == [0, 3, 4, 13, 15]
+    assert shards.document_starts(3, 13) == [3, 4]
+    assert shards.document_starts(5, 13) == []
+    order = WindowOrder(7, 4)
+    batch = BatchLoader(shards, order, S, mask_documents=True).batch(0, 4)
+    expected = {0: (3, 1, 1), 1: (5,), 2: (3, 2), 3: (5,)}
+    assert batch.lengths == tuple(expected[order.window(n)] for n in range(4))
+    assert BatchLoader(shards, order, S).batch(0, 4).lengths == ()

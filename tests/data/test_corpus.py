@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from abyssal.config.run import DataConfig
-from abyssal.data.corpus import STDLIB, DocumentRef, UndecodableError, find_documents, read_document, split_of
+from abyssal.data import corpus
+from abyssal.data.corpus import STDLIB, DocumentRef, UndecodableError, find_files, read_document, split_of
 from abyssal.errors import DataError
 
 
@@ -19,6 +20,10 @@ def write(path: Path, content: str | bytes = "x") -> Path:
 
 def config(*corpus: Path | str, **fields) -> DataConfig:
     return DataConfig(corpus=tuple(str(entry) for entry in corpus), **fields)
+
+
+def find_documents(config: DataConfig) -> list[DocumentRef]:
+    return list(corpus.find_documents(config, find_files(config), Path("never made")))
 
 
 def keys(found: list[DocumentRef]) -> list[str]:
@@ -75,10 +80,10 @@ def test_text_is_read_as_it_is(tmp_path: Path) -> None:
     assert read_document(DocumentRef("a", write(tmp_path / "a.txt", text), 1)) == text
 
 
-@pytest.mark.parametrize("corpus", [(), ("",), ("absent",)])
-def test_a_corpus_that_does_not_exist_is_named(tmp_path: Path, corpus: tuple[str, ...]) -> None:
-    paths = [str(tmp_path / entry / "nothing") for entry in corpus]
-    with pytest.raises(DataError, match=r"^data\.corpus=\[\]: must name" if not corpus else "no such file or folder"):
+@pytest.mark.parametrize("entries", [(), ("",), ("absent",)])
+def test_a_corpus_that_does_not_exist_is_named(tmp_path: Path, entries: tuple[str, ...]) -> None:
+    paths = [str(tmp_path / entry / "nothing") for entry in entries]
+    with pytest.raises(DataError, match=r"^data\.corpus=\[\]: must name" if not entries else "no such file or folder"):
         find_documents(config(*paths))
 
 

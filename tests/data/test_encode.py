@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from abyssal.config.run import DataConfig
-from abyssal.data.corpus import find_documents
+from abyssal.data.corpus import find_documents, find_files
 from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, digest, write_shards
 from abyssal.errors import DataError
 from abyssal.text.special_tokens import EOS
@@ -30,7 +30,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def plan_of(folder: Path, split: str, name: str = "s-00000") -> ShardPlan:
-    return ShardPlan(split, name, tuple(find_documents(DataConfig(corpus=(str(folder),)))))
+    config = DataConfig(corpus=(str(folder),))
+    return ShardPlan(split, name, tuple(find_documents(config, find_files(config), folder)))
 
 
 @pytest.fixture

@@ -90,3 +90,13 @@ def test_no_windows_are_refused(windows: int) -> None:
 def test_impossible_skipped_ranges_are_refused(skipped: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match="must be a range"):
         WindowOrder(0, 9, [skipped])
+
+
+def test_order_is_the_one_that_runs_began_with() -> None:
+    order = WindowOrder(7, 10)
+    assert [order.window(n) for n in range(20)] == [1, 3, 8, 6, 5, 9, 7, 2, 0, 4, 4, 6, 7, 1, 5, 9, 0, 3, 2, 8]
+
+
+def test_order_can_skip_other_ranges() -> None:
+    order = WindowOrder(7, 10, [(1, 3)]).skipping([(2, 4)])
+    assert (order.seed, order.windows, order.skipped) == (7, 10, ((2, 4),))

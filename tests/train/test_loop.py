@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from abyssal.checkpoint.state import states
 from abyssal.config import RunConfig
+from abyssal.config.run import DataConfig, SourceConfig
 from abyssal.errors import AbyssalError, CheckpointError, ConfigError, DataError, UsageError
 from abyssal.train import loop
 from abyssal.train.run_folder import RunFolder
@@ -47,6 +49,29 @@ def test_run_ends_with_a_model_directory_and_falling_loss(small_run: RunConfig, 
     assert [r["step"] for r in records if "validation_bits_per_byte" in r] == [5, 10, 12]
     assert {p.name for p in model.iterdir()} >= {"config.json", "tokenizer.json", "README.md", "model.safetensors"}
     assert [p.name for p in states(tmp_path / "run" / "checkpoints")] == ["step-00000009", "step-00000012"]
+
+
+def test_run_of_a_mixture_with_masked_documents_resumes_to_the_bit(
+    small_run: RunConfig, corpus: Path, tmp_path: Path
+) -> None:
+    data = DataConfig(
+        sources=(
+            SourceConfig(name="even", paths=tuple(map(str, sorted(corpus.glob("*[02468].py")))), weight=0.7),
+            SourceConfig(name="odd", paths=tuple(map(str, sorted(corpus.glob("*[13579].py")))), weight=0.3),
+        ),
+        split_modulus=5,
+        fim_rate=0.3,
+        split_merged_rate=0.2,
+        mask_documents=True,
+    )
+    run = RunConfig.model_validate(small_run.model_dump() | {"data": data.model_dump()})
+    loop.start(run, tmp_path / "whole", SILENT)
+    loop.start(run, tmp_path / "cut", SILENT)
+    assert [r["step"] for r in metrics(tmp_path / "whole") if "loss" in r] == list(range(1, 13))
+    newest = states(tmp_path / "cut" / "checkpoints")[-1]
+    shutil.rmtree(newest)
+    loop.resume(tmp_path / "cut", SILENT)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_exported_directory_continues_the_same_text_in_transformers(small_run: RunConfig, tmp_path: Path) -> None:

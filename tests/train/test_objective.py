@@ -72,3 +72,22 @@ def test_balance_loss_reaches_the_gate_and_no_loss_value(tiny_config: ModelConfi
         gradients.append(model.model.layers[2].mlp.gate.weight.grad)
     assert values[0] == values[1]
     assert not torch.allclose(gradients[0], gradients[1], rtol=1e-3)
+
+
+def test_masked_documents_are_as_if_each_stood_alone(tiny_config: ModelConfig) -> None:
+    model = double_model(tiny_config)
+    windows = torch.randint(tiny_config.vocab_size, (2, 10))
+    lengths = ((4, 5), (9,))
+    weights = ObjectiveWeights(tokens=18, sequences=3, mtp=0.3, balance=0.01)
+    found = micro_batch_loss(model, windows, weights, lengths)
+    alone = [windows[0, :5], windows[0, 4:], windows[1]]
+    parts = [micro_batch_loss(model, window[None], weights) for window in alone]
+    torch.testing.assert_close(found.total, sum(part.total for part in parts), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.mtp[0], sum(part.mtp[0] for part in parts), rtol=1e-12, atol=1e-12)
+    assert abs(found.total - micro_batch_loss(model, windows, weights).total) > 1e-6
+    found.total.backward()
+    masked = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    sum(part.total for part in parts).backward()
+    for name, p in model.named_parameters():  # the balance loss among them
+        torch.testing.assert_close(masked[name], p.grad, rtol=1e-9, atol=1e-12)

@@ -90,3 +90,17 @@ def test_clipping_bounds_the_joint_norm_and_returns_the_norm_before(config: RunC
     after = torch.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
     assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
     assert after.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_masked_step_does_not_depend_on_the_size_of_micro_batches(config: RunConfig) -> None:
+    windows, lengths = torch.randint(97, (5, 13)), ((12,), (3, 9), (1, 1, 10), (6, 6), (12,))
+    norms = []
+    for size in (1, 2, 5):
+        model, optimizer = build(config)
+        train = config.train.model_copy(update={"micro_batch_size": size})
+        run = config.model_copy(update={"train": train})
+        norms.append(train_step(model, optimizer, windows, run, tokens_seen=400, lengths=lengths).gradient_norm)
+    model, optimizer = build(config)
+    plain = train_step(model, optimizer, windows, config, tokens_seen=400).gradient_norm
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    assert abs(plain - norms[0]) > 1e-4 * plain

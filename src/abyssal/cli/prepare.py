@@ -47,8 +47,9 @@ def prepare(
         console.print(
             f"{name:>10}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens",
         )
-    left_out = ", ".join(f"{number:,} {why}" for why, number in manifest.dropped if number)
-    if left_out:
-        console.print(f"{'left out':>10}: {left_out}")
+    for source in manifest.sources:
+        console.print(f"{source.name:>10}: {source.documents:,} documents, {source.tokens:,} tokens to train on")
+    if any(number for _, number in manifest.dropped):
+        console.print(f"{'left out':>10}: {manifest.dropped.sentence()}")
     changes = [word for change in (*(overrides or []), f"data.folder={out}") for word in ("--set", change)]
     console.print(f"\ntrain on it: {program()} {shlex.join(['train', recipe, *changes])}")

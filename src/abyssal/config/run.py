@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from abyssal.config.frozen import Frozen
 from abyssal.config.model import ModelConfig
 from abyssal.config.schedule import Schedule
+from abyssal.errors import nearest
 
 
 class TokenizerConfig(Frozen):
@@ -18,6 +19,14 @@ class TokenizerConfig(Frozen):
     train_bytes: PositiveInt = Field(default=64_000_000, description="at most this much text trains the tokenizer")
 
 
+class SourceConfig(Frozen):
+    """A part of the corpus of which a share of the training sequences is taken."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    paths: tuple[str, ...] = Field(min_length=1, description="as the entries of data.corpus")
+    weight: PositiveFloat = Field(default=1.0, description="its share is this over the sum of all")
+
+
 class DataConfig(Frozen):
     """Which documents, and which of them are never trained on.
 
@@ -25,13 +34,58 @@ class DataConfig(Frozen):
     is 1, and to training otherwise.
     """
 
-    corpus: tuple[str, ...] = Field(default=(), description="folders, text files or .jsonl files")
+    corpus: tuple[str, ...] = Field(default=(), description="folders, text files, .jsonl, .parquet or hf: data sets")
+    sources: tuple[SourceConfig, ...] = Field(default=(), description="in place of corpus: a mixture of named parts")
+    weights: dict[str, PositiveFloat] = Field(default={}, description="replace those of the sources of these names")
     suffixes: tuple[str, ...] = Field(default=(".py", ".md", ".txt", ".rst"), description="file names read in folders")
     exclude: tuple[str, ...] = Field(default=(), description="folder names left out, wherever they stand")
     text_field: str = Field(default="text", description="the field of a .jsonl line that holds the document")
     folder: str | None = Field(default=None, description="prepared shards to use or make; none: the run's own folder")
     split_modulus: int = Field(default=20, ge=3)
     on_undecodable: Literal["fail", "skip"] = Field(default="fail", description="a file that is not UTF-8")
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="keep", description="which training documents go because of an earlier one"
+    )
+    near_threshold: float = Field(default=0.8, gt=0, le=1, description="likeness from which documents are near")
+    min_characters: NonNegativeInt = Field(default=0, description="shorter training documents are left out")
+    max_line_characters: PositiveInt | None = Field(
+        default=None, description="training documents with a longer line are left out"
+    )
+    max_repeated_lines: float = Field(
+        default=1.0, ge=0, le=1, description="largest share of a training document's lines that repeat an earlier one"
+    )
+    fim_rate: float = Field(default=0.0, ge=0, le=1, description="share of training documents learnt middle last")
+    split_merged_rate: float = Field(
+        default=0.0, ge=0, le=1, description="share of tokens of punctuation and line ends taken apart in training"
+    )
+    mask_documents: bool = Field(default=False, description="whether attention stays inside a document")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [source.name for source in self.sources]
+        if self.sources and self.corpus:
+            raise ValueError(
+                f"corpus={list(self.corpus)}: must be empty beside data.sources; "
+                'a recipe takes an inherited one away with unset = ["data.corpus"]'
+            )
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"sources: two are named {name!r}; each must have a name of its own")
+        for name in self.weights:
+            if name not in names:
+                known = ", ".join(names) or "none, since data.sources is empty"
+                raise ValueError(f"weights.{name}: no such source{nearest(name, names)}; there are: {known}")
+        return self
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """The weight of each named source."""
+        return {source.name: self.weights.get(source.name, source.weight) for source in self.sources}
+
+    @property
+    def entries(self) -> list[tuple[str, str]]:
+        """Every entry of the corpus with the name of its source, "" where sources have none."""
+        return [("", entry) for entry in self.corpus] or [(s.name, path) for s in self.sources for path in s.paths]
 
 
 class TrainConfig(Frozen):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -20,31 +22,50 @@ class Batch:
     tokens: Tensor  # [B, S+1] int64
     first_sequence: int  # which sequence of the run row 0 is
     ranges: Ranges = ()  # the sequence indices of its rows in the data order
+    lengths: tuple[tuple[int, ...], ...] = ()  # of each row, inputs of one document after another; (): not masked
+
+
+def windows_by_source(shards: Shards, sequence_length: int) -> dict[str, int]:
+    """Return how many windows of `sequence_length`+1 tokens, each one token into the next, each source has.
+
+    A split without named sources is one of the name "".
+
+    Raises:
+        DataError: one has none.
+    """
+    found = {}
+    for name, tokens in _spans(shards).items():
+        found[name] = (len(tokens) - 1) // sequence_length
+        if found[name] < 1:
+            raise DataError(
+                f"{shards.folder}: {f'data.sources.{name} ' if name else ''}has {len(tokens)} training tokens, but "
+                f"train.sequence_length={sequence_length} needs at least {sequence_length + 1}; give more text, or "
+                "make sequences shorter"
+            )
+    return found
 
 
 def count_windows(shards: Shards, sequence_length: int) -> int:
-    """Return how many windows of `sequence_length`+1 tokens, each one token into the next, the split has.
+    """Return how many windows the split has; see `windows_by_source`."""
+    return sum(windows_by_source(shards, sequence_length).values())
 
-    Raises:
-        DataError: not one.
-    """
-    windows = (len(shards.tokens) - 1) // sequence_length
-    if windows < 1:
-        raise DataError(
-            f"{shards.folder}: has {len(shards.tokens)} training tokens, but train.sequence_length={sequence_length} "
-            f"needs at least {sequence_length + 1}; give more text, or make sequences shorter"
-        )
-    return windows
+
+def _spans(shards: Shards) -> dict[str, range]:
+    """Return the tokens of each source."""
+    return shards.sources or {"": range(len(shards.tokens))}
 
 
 class BatchLoader:
     """Cuts the stream of training documents into windows and hands them out in the run's order.
 
-    Documents are packed: a window starts and ends anywhere, and attention crosses their borders. Paper: §4.1.
+    Documents are packed: a window starts and ends anywhere, and attention crosses their borders, unless the batches
+    say where documents begin. Paper: §4.1.
     """
 
-    def __init__(self, shards: Shards, order: WindowOrder, sequence_length: int) -> None:
-        """Take the training split and an order of its windows.
+    def __init__(
+        self, shards: Shards, order: WindowOrder, sequence_length: int, *, mask_documents: bool = False
+    ) -> None:
+        """Take the training split and an order of its windows; `mask_documents`: whether batches have lengths.
 
         Raises:
             DataError: the split is shorter than one window, or `order` was made for another number of them.
@@ -55,21 +76,37 @@ class BatchLoader:
         self._shards = shards
         self._order = order
         self._sequence_length = sequence_length
+        self._mask_documents = mask_documents
+        self._first_window = list(accumulate(windows_by_source(shards, sequence_length).values(), initial=0))
+        self._first_token = [tokens.start for tokens in _spans(shards).values()]
 
     def batch(self, first_sequence: int, size: int) -> Batch:
         """Return the `size` sequences of the run from `first_sequence` on, skipped ones not counted."""
-        rows = [self._sequence(first_sequence + row) for row in range(size)]
-        return Batch(torch.stack(rows), first_sequence, self._order.ranges(first_sequence, size))
+        starts = [self._start(first_sequence + row) for row in range(size)]
+        rows = [self._shards.tokens[start : start + self._sequence_length + 1] for start in starts]
+        return Batch(
+            tokens=torch.stack([torch.from_numpy(row) for row in rows]),
+            first_sequence=first_sequence,
+            ranges=self._order.ranges(first_sequence, size),
+            lengths=tuple(map(self._lengths, starts)) if self._mask_documents else (),
+        )
 
     def skipping(self, ranges: Ranges) -> BatchLoader:
         """Return a loader of the same sequences without those of `ranges`, whatever this one skips."""
-        order = WindowOrder(self._order.seed, self._order.windows, ranges)
-        return BatchLoader(self._shards, order, self._sequence_length)
+        order = self._order.skipping(ranges)
+        return BatchLoader(self._shards, order, self._sequence_length, mask_documents=self._mask_documents)
 
-    def _sequence(self, n: int) -> Tensor:
-        """Return the n-th sequence of the run, [S+1]."""
-        start = self._order.window(self._order.effective(n)) * self._sequence_length
-        return torch.from_numpy(self._shards.tokens[start : start + self._sequence_length + 1])
+    def _start(self, n: int) -> int:
+        """Return the first token of the n-th sequence of the run."""
+        window = self._order.window(self._order.effective(n))
+        source = bisect_right(self._first_window, window) - 1
+        return self._first_token[source] + (window - self._first_window[source]) * self._sequence_length
+
+    def _lengths(self, start: int) -> tuple[int, ...]:
+        """Return how many inputs of the window are of its first document, of its second, and so on."""
+        stop = start + self._sequence_length
+        borders = [start, *self._shards.document_starts(start + 1, stop), stop]
+        return tuple(after - before for before, after in pairwise(borders))
 
 
 @dataclass(frozen=True, eq=False)

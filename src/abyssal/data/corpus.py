@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from abyssal.config.run import DataConfig
+from abyssal.data.unpack import HUGGING_FACE, PACKED, data_set_identity, unpack
 from abyssal.errors import DataError
 
 #: The corpus that every machine has: the source of Python's own standard library.
@@ -29,7 +31,7 @@ class DocumentRef:
     """Where one document lies.
 
     `key` is the path relative to its corpus, with `/` between folders, and `:line` behind it for a line of a .jsonl
-    file. It alone fixes the document's split and, with the seed, its place in the order.
+    file or a row. It alone fixes the document's split and, with the seed, its place in the order.
     """
 
     key: str
@@ -37,29 +39,83 @@ class DocumentRef:
     size: int  # bytes on disk
     offset: int = 0  # of a .jsonl line, in bytes
     line: int = 0  # of a .jsonl file, from 1; 0: the document is the whole file
+    origin: str = ""  # the packed file or data set that `path` was unpacked from
+    source: str = ""  # the name of its source
 
 
-def find_documents(config: DataConfig) -> list[DocumentRef]:
-    """List the documents of every corpus: corpora as given, files by relative path, lines as they stand.
+@dataclass(frozen=True, slots=True)
+class CorpusFile:
+    """One file of a corpus, or one data set: what may be opened only when it is needed."""
 
-    Links to folders are not followed.
+    source: str  # "" where sources have no names
+    entry: str  # of data.corpus, or of the source's paths
+    key: str
+    name: str  # its path, or the `hf:` entry
+    identity: str  # changes when its content does
+
+    @property
+    def packed(self) -> bool:
+        """Whether documents cannot be read out of it before it is unpacked."""
+        return self.name.startswith(HUGGING_FACE) or self.name.endswith(PACKED)
+
+
+def find_files(config: DataConfig) -> list[CorpusFile]:
+    """List the files of every corpus: corpora as given, files by relative path. Links to folders are not followed.
 
     Raises:
-        DataError: no corpus is named, one does not exist or cannot be read, or one has no documents.
+        DataError: no corpus is named, or one does not exist or cannot be read.
     """
-    if not config.corpus:
+    if not config.entries:
         raise DataError(f"data.corpus=[]: must name folders, text files or .jsonl files, or {STDLIB!r}")
-    found: list[DocumentRef] = []
-    for entry in config.corpus:
-        before = len(found)
-        for key, path in sorted(_files(entry, config)):
-            found += _lines(key, path) if path.suffix == ".jsonl" else [DocumentRef(key, path, _size(path))]
-        if len(found) == before:
+    found: list[CorpusFile] = []
+    for source, entry in config.entries:
+        if entry.startswith(HUGGING_FACE):
+            key = entry.removeprefix(HUGGING_FACE)
+            found.append(CorpusFile(source, entry, key, entry, data_set_identity(entry)))
+        else:
+            for key, path in sorted(_files(source, entry, config)):
+                found.append(CorpusFile(source, entry, key, str(path), _identity(path)))
+    return found
+
+
+def find_documents(config: DataConfig, files: Sequence[CorpusFile], unpacked: Path) -> Iterator[DocumentRef]:
+    """Yield the documents in these files in their order, lines and rows as they stand.
+
+    Args:
+        config: the recipe's.
+        files: as `find_files` lists them.
+        unpacked: a folder for what has to be unpacked.
+
+    Raises:
+        DataError: a file cannot be read or unpacked, or a corpus has no documents.
+    """
+    counts = Counter[tuple[str, str]]()
+    for file in files:
+        for ref in _documents(file, config, unpacked):
+            counts[file.source, file.entry] += 1
+            yield ref
+    for source, entry in config.entries:
+        if not counts[source, entry]:
             raise DataError(
-                f"data.corpus={entry!r}: no documents there; read are files named {', '.join(config.suffixes)} "
+                f"{_field_of(source)}={entry!r}: no documents there; read are files named {', '.join(config.suffixes)} "
                 f"(data.suffixes) outside of folders named {', '.join(config.exclude) or '-'} (data.exclude)"
             )
-    return found
+
+
+def _field_of(source: str) -> str:
+    """Return the field of the recipe that an entry stands in, as sentences name it."""
+    return f"data.sources.{source}.paths" if source else "data.corpus"
+
+
+def _documents(file: CorpusFile, config: DataConfig, unpacked: Path) -> Iterator[DocumentRef]:
+    """Yield the documents of one file."""
+    if file.packed:
+        yield from _lines(file, unpack(file.name, file.identity, config.text_field, unpacked), file.name)
+    elif file.name.endswith(".jsonl"):
+        yield from _lines(file, Path(file.name))
+    else:
+        path = Path(file.name)
+        yield DocumentRef(file.key, path, _stat(path).st_size, source=file.source)
 
 
 def read_document(ref: DocumentRef, text_field: str = "text") -> str:
@@ -79,7 +135,7 @@ def read_document(ref: DocumentRef, text_field: str = "text") -> str:
             content = file.read(ref.size) if ref.line else file.read()
     except OSError as error:
         _unreadable(error, ref.path)
-    where = f"{ref.path}:{ref.line}" if ref.line else str(ref.path)
+    where = f"{ref.origin or ref.path}:{ref.line}" if ref.line else str(ref.path)
     try:
         text = content.decode()
         if ref.line:
@@ -105,14 +161,14 @@ def split_of(key: str, modulus: int) -> SplitName:
             return "train"
 
 
-def _files(entry: str, config: DataConfig) -> Iterator[tuple[str, Path]]:
+def _files(source: str, entry: str, config: DataConfig) -> Iterator[tuple[str, Path]]:
     """Yield the key and path of every file of one corpus, in no order."""
     root = Path(sysconfig.get_path("stdlib") if entry == STDLIB else entry)
     if root.is_file():
         yield root.name, root
         return
     if not root.is_dir():
-        raise DataError(f"data.corpus={entry!r}: no such file or folder; must be either, or {STDLIB!r}")
+        raise DataError(f"{_field_of(source)}={entry!r}: no such file or folder; must be either, or {STDLIB!r}")
     # without onerror, a folder that may not be read would be left out without a word
     for folder, subfolders, names in os.walk(root, onerror=_unreadable):
         subfolders[:] = [name for name in subfolders if name not in config.exclude]
@@ -122,14 +178,14 @@ def _files(entry: str, config: DataConfig) -> Iterator[tuple[str, Path]]:
                 yield path.relative_to(root).as_posix(), path
 
 
-def _lines(key: str, path: Path) -> Iterator[DocumentRef]:
+def _lines(file: CorpusFile, path: Path, origin: str = "") -> Iterator[DocumentRef]:
     """Yield a reference to every line of a .jsonl file that is not blank."""
     offset = 0
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with path.open("rb") as content:
+            for number, line in enumerate(content, start=1):
                 if line.strip():
-                    yield DocumentRef(f"{key}:{number}", path, len(line), offset, number)
+                    yield DocumentRef(f"{file.key}:{number}", path, len(line), offset, number, origin, file.source)
                 offset += len(line)
     except OSError as error:
         _unreadable(error, path)
@@ -150,9 +206,14 @@ def _field(line: str, field: str, where: str) -> str:
     return text
 
 
-def _size(path: Path) -> int:
+def _identity(path: Path) -> str:
+    status = _stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError as error:
         _unreadable(error, path)
 

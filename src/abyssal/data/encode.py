@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from abyssal.config.run import DataConfig
+from abyssal.data.augment import TrainingText
 from abyssal.data.corpus import DocumentRef, SplitName, UndecodableError, read_document
-from abyssal.data.manifest import Shard
-from abyssal.data.shards import token_dtype, write_shard
+from abyssal.data.manifest import Shard, ShardRecord
+from abyssal.data.quality import fault_of
+from abyssal.data.shards import is_whole, token_dtype, write_shard
+from abyssal.data.whole_file import whole_file
 from abyssal.errors import DataError
 from abyssal.text.tokenizer import Tokenizer
 
@@ -28,12 +32,17 @@ class ShardPlan:
 
     split: SplitName
     name: str
-    documents: tuple[DocumentRef, ...]
+    documents: tuple[DocumentRef, ...]  # of one source, in the training split
 
     @property
     def size(self) -> int:
         """The bytes of these documents on disk."""
         return sum(ref.size for ref in self.documents)
+
+    def digest(self) -> str:
+        """Return what changes when other documents are to become this shard."""
+        lines = (f"{self.split}\0{ref.source}\0{ref.key}\0{ref.size}\n" for ref in self.documents)
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,9 @@ class DocumentReader:
             return "", "undecodable"
         if not text:
             return "", "empty"
-        if split == "train" and digest(text) in self.protected:
-            return "", "duplicate"
+        if split == "train":
+            reason = "duplicate" if digest(text) in self.protected else fault_of(text, self.config)
+            return ("", reason) if reason else (text, None)
         return text, None
 
 
@@ -83,24 +93,42 @@ class ShardEncoder:
     folder: Path
     tokenizer: Tokenizer
     reader: DocumentReader
+    seed: int = 0  # of what is random in training documents
 
     def write(self, plan: ShardPlan) -> WrittenShard:
-        """Write one shard: every document as BOS, text, EOS.
+        """Write one shard, or find it finished: every document as BOS, text, EOS, rearranged if it is for training.
 
         Raises:
             DataError: a document cannot be read, or the shard not be written.
         """
+        record = self.folder / f"{plan.name}.json"
+        try:
+            found = ShardRecord.model_validate_json(record.read_bytes())
+        except (OSError, ValidationError):  # not there: it is written last, whole or not at all
+            found = None
+        if found is None or found.documents != plan.digest() or not is_whole(self.folder, found.shard):
+            shard, dropped = self._encode(plan)
+            found = ShardRecord(documents=plan.digest(), shard=shard, dropped=dropped)
+            with whole_file(record) as file:
+                file.write(found.model_dump_json().encode())
+        return WrittenShard(plan, found.shard, Counter(found.dropped))
+
+    def _encode(self, plan: ShardPlan) -> tuple[Shard, Counter[str]]:
+        """Write the files of one shard; return it, and how many documents were left out."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        training_text = TrainingText(self.tokenizer, self.reader.config, self.seed)
         documents, num_bytes, dropped = [], [], Counter[str]()
         for ref in plan.documents:
             text, reason = self.reader.read(ref, plan.split)
             if reason:
                 dropped[reason] += 1
                 continue
-            documents.append(np.array([bos, *self.tokenizer.encode_document(text), eos], dtype))
+            training = plan.split == "train"
+            ids = training_text.encode(text, ref.key) if training else self.tokenizer.encode_document(text)
+            documents.append(np.array([bos, *ids, eos], dtype))
             num_bytes.append(len(text.encode()))
-        return WrittenShard(plan, write_shard(self.folder / plan.name, documents, num_bytes, dtype), dropped)
+        return write_shard(self.folder / plan.name, documents, num_bytes, dtype), dropped
 
 
 def write_shards(encoder: ShardEncoder, plans: Sequence[ShardPlan], workers: int) -> Iterator[WrittenShard]:

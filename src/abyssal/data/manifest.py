@@ -40,6 +40,14 @@ class Shard(Frozen):
         return self.token_file, self.document_file, self.byte_file
 
 
+class ShardRecord(Frozen):
+    """A finished shard of a folder that is not: `{split}-{n:05d}.json`, there until the manifest is."""
+
+    documents: str  # a digest of those that it was made from
+    shard: Shard
+    dropped: dict[str, NonNegativeInt]  # by the field names of `Dropped`
+
+
 class Split(Frozen):
     """The shards of one split in order, and their sums."""
 
@@ -60,12 +68,30 @@ class Split(Frozen):
         )
 
 
+class Source(Frozen):
+    """A named part of the training split: its next `shards` shards, and their sums."""
+
+    name: str
+    shards: NonNegativeInt
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+
+
 class Dropped(Frozen):
     """How many documents were left out, and why."""
 
     empty: NonNegativeInt = 0
     undecodable: NonNegativeInt = 0
-    duplicate: NonNegativeInt = 0  # training documents equal to one of validation or held-out
+    duplicate: NonNegativeInt = 0  # training documents equal to one of validation or held-out, or to an earlier one
+    near_duplicate: NonNegativeInt = 0  # training documents nearly so
+    short: NonNegativeInt = 0
+    long_line: NonNegativeInt = 0
+    repetitive: NonNegativeInt = 0
+
+    def sentence(self) -> str:
+        """Return what was left out, for people."""
+        return ", ".join(f"{number:,} {why.replace('_', ' ')}" for why, number in self if number) or "nothing"
 
 
 class Manifest(Frozen):
@@ -76,6 +102,7 @@ class Manifest(Frozen):
     dtype: Literal["uint16", "uint32"]  # of the tokens
     dropped: Dropped
     splits: dict[SplitName, Split]
+    sources: tuple[Source, ...] = ()  # in the order of their shards; none: the training split is one
     inputs: dict[str, Any]  # everything the bytes of the shards depend on
 
     @classmethod

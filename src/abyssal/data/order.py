@@ -43,6 +43,10 @@ class WindowOrder:
         self.skipped = merged(skipped)
         self._base = isqrt(windows - 1) + 1  # ceil of the square root
 
+    def skipping(self, ranges: Iterable[tuple[int, int]]) -> WindowOrder:
+        """Return the same order with `ranges` skipped, whatever this one skips."""
+        return WindowOrder(self.seed, self.windows, ranges)
+
     def effective(self, n: int) -> int:
         """Return the sequence index of the n-th sequence to train on, from 0: past the skipped ranges."""
         for start, stop in self.skipped:

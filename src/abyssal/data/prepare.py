@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from abyssal.config.run import DataConfig, TokenizerConfig
 from abyssal.data import manifest as manifests
-from abyssal.data.corpus import DocumentRef, SplitName, find_documents, split_of
+from abyssal.data.corpus import CorpusFile, DocumentRef, SplitName, find_documents, find_files, split_of
+from abyssal.data.duplicates import Duplicates
 from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, WrittenShard, digest, write_shards
-from abyssal.data.manifest import Dropped, Manifest, Split
+from abyssal.data.manifest import Dropped, Manifest, Source, Split
 from abyssal.data.shards import Shards, token_dtype
 from abyssal.data.whole_file import PARTIAL, whole_file
 from abyssal.errors import DataError
@@ -26,6 +29,13 @@ from abyssal.text.tokenizer import Tokenizer
 #: A shard holds 1/64 of the corpus, so that many processes share the work evenly, but neither less nor more than this.
 SHARDS_PER_CORPUS = 64
 SHARD_BYTES = (1 << 20, 1 << 28)
+#: What shards without a manifest are made from; written once their tokenizer is there.
+UNFINISHED = "unfinished.json"
+RECORD = re.compile(r"(train|validation|heldout)-\d+\.json")
+#: Fields of the recipe's data section that change no byte of a shard.
+NOT_IN_SHARDS: Any = {"folder": True, "mask_documents": True, "weights": True, "sources": {"__all__": {"weight"}}}
+#: The folder in a data folder for what had to be unpacked; it is there only until the data is prepared.
+UNPACKED = "unpacked"
 
 Documents = dict[SplitName, list[DocumentRef]]
 
@@ -58,43 +68,93 @@ def prepare(
         DataError: the corpus is missing, empty or damaged, the tokenizer does not fit, the disk is full, or `out`
             was prepared from other inputs.
     """
-    references = find_documents(config)
+    files = find_files(config)
     loaded = None if tokenizer.path is None else _load_tokenizer(Path(tokenizer.path), vocab_size)
     inputs = {
-        "data": config.model_dump(mode="json", exclude={"folder"}),
+        "data": config.model_dump(mode="json", exclude=NOT_IN_SHARDS),
         "tokenizer": tokenizer.model_dump(mode="json") | {"fingerprint": loaded and loaded.fingerprint},
         "vocab_size": vocab_size,
         "seed": seed,
-        "corpus": _listing(references),
+        "corpus": _listing(files),
     }
     with _bars(progress) as bars:
         if (out / manifests.NAME).exists():
             return _reuse(out, inputs, bars)
-        _make_empty(out)
+        loaded = _finished_tokenizer(out, inputs) or loaded
+        references = list(find_documents(config, files, out / UNPACKED))
         documents = _in_order(references, config.split_modulus, seed)
         reader = _protect(documents, DocumentReader(config), bars)
+        copies = _leave_out_copies(documents, reader, bars)
         if loaded is None:
             loaded = _train_tokenizer(documents["train"], reader, tokenizer.train_bytes, vocab_size, bars)
-        with whole_file(out / "tokenizer.json") as file:
-            file.write(loaded.to_json().encode())
-        write_tokenizer_config(out, loaded)
-        written = _write(ShardEncoder(out, loaded, reader), documents, workers, bars)
+        _begin(out, loaded, inputs)
+        written = _write(ShardEncoder(out, loaded, reader, seed), documents, workers, bars)
     manifest = Manifest(
         tokenizer=loaded.fingerprint,
         dtype=token_dtype(loaded.vocab_size),
-        dropped=Dropped(**sum((result.dropped for result in written), Counter[str]())),
+        dropped=Dropped(**sum((result.dropped for result in written), copies)),
         splits={
             split: Split.of(result.shard for result in written if result.plan.split == split) for split in documents
         },
+        sources=_sources(config, written),
         inputs=inputs,
     )
     if manifest.splits["train"].documents == 0:
+        entries = [entry for _, entry in config.entries]
         raise DataError(
-            f"data.corpus={list(config.corpus)}: none of its {len(references)} documents is left for training; "
-            "give more, or raise data.split_modulus"
+            f"data.corpus={entries}: none of its {len(references)} documents is left for "
+            f"training; left out: {manifest.dropped.sentence()}; give more, or raise data.split_modulus"
         )
+    for source in manifest.sources:
+        if source.documents == 0:
+            raise DataError(
+                f"data.sources.{source.name}: none of its documents is left for training, so that its weight cannot be "
+                "kept; give it more, or leave it out"
+            )
     manifest.write(out)
+    _tidy(out)
     return manifest
+
+
+def _finished_tokenizer(out: Path, inputs: dict[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer of an interrupted preparation from the same inputs, whose shards then stay.
+
+    What was left by one from other inputs is taken away, but for what it unpacked.
+    """
+    try:
+        if json.loads((out / UNFINISHED).read_bytes()) == json.loads(json.dumps(inputs)):
+            return Tokenizer.load(out)
+    except (OSError, ValueError, DataError):  # there is none, or it was not begun
+        pass
+    _make_empty(out)
+    return None
+
+
+def _begin(out: Path, tokenizer: Tokenizer, inputs: dict[str, Any]) -> None:
+    """Write the tokenizer, and after it what it and the shards are made from."""
+    with whole_file(out / "tokenizer.json") as file:
+        file.write(tokenizer.to_json().encode())
+    write_tokenizer_config(out, tokenizer)
+    with whole_file(out / UNFINISHED) as file:
+        file.write(json.dumps(inputs).encode())
+
+
+def _tidy(out: Path) -> None:
+    """Take away what only an interrupted preparation needs."""
+    shutil.rmtree(out / UNPACKED, ignore_errors=True)
+    for path in out.iterdir():
+        if path.name == UNFINISHED or RECORD.fullmatch(path.name):
+            path.unlink()
+
+
+def _sources(config: DataConfig, written: list[WrittenShard]) -> tuple[Source, ...]:
+    """Return the training shards' sums by source, where sources have names."""
+    found = []
+    for name in config.mixture:
+        split = Split.of(r.shard for r in written if r.plan.split == "train" and r.plan.documents[0].source == name)
+        sums = {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes}
+        found.append(Source(name=name, shards=len(split.shards), **sums))
+    return tuple(found)
 
 
 def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -108,12 +168,11 @@ def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _listing(references: list[DocumentRef]) -> str:
-    """Return a digest that changes when a document is added, removed, renamed or edited."""
-    changed = {path: path.stat().st_mtime_ns for path in {ref.path for ref in references}}
+def _listing(files: list[CorpusFile]) -> str:
+    """Return a digest that changes when a file is added, removed, renamed or edited."""
     lines = hashlib.sha256()
-    for ref in references:
-        lines.update(f"{ref.key}\0{ref.size}\0{changed[ref.path]}\n".encode(errors="surrogateescape"))
+    for file in files:
+        lines.update(f"{file.key}\0{file.identity}\n".encode(errors="surrogateescape"))
     return lines.hexdigest()
 
 
@@ -131,6 +190,7 @@ def _reuse(out: Path, inputs: dict[str, Any], bars: Progress) -> Manifest:
             raise DataError(f"{out}: was prepared {what}; choose another folder or delete this one")
     if Tokenizer.load(out).fingerprint != manifest.tokenizer:
         raise DataError(f"{out / 'tokenizer.json'}: not the tokenizer of these shards; {manifests.again(out)}")
+    _tidy(out)
     sizes = {split: sum(f.size for shard in s.shards for f in shard.files) for split, s in manifest.splits.items()}
     task = bars.add_task("Checking", total=sum(sizes.values()))
     for split, size in sizes.items():
@@ -149,7 +209,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _make_empty(out: Path) -> None:
     """Make the folder, or take what an interrupted preparation left in it away."""
-    ours = re.compile(rf"(train|validation|heldout)-\d+\.\w+\.npy({PARTIAL})?|{manifests.NAME}{PARTIAL}")
+    shard = rf"(train|validation|heldout)-\d+\.(\w+\.npy|json)({PARTIAL})?"
+    ours = re.compile(rf"{shard}|{UNFINISHED}({PARTIAL})?|{manifests.NAME}{PARTIAL}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():
@@ -182,6 +243,27 @@ def _protect(documents: Documents, reader: DocumentReader, bars: Progress) -> Do
     return DocumentReader(reader.config, frozenset(protected))
 
 
+def _leave_out_copies(documents: Documents, reader: DocumentReader, bars: Progress) -> Counter[str]:
+    """Take the copies that the recipe does not want out of the training documents; return how many of which kind."""
+    config, counts = reader.config, Counter[str]()
+    if config.duplicates == "keep":
+        return counts
+    tested, found = documents["validation"] + documents["heldout"], Duplicates(config, digest)
+    task = bars.add_task("Duplicates", total=sum(ref.size for references in documents.values() for ref in references))
+    for ref in tested:
+        found.protect(reader.read(ref, "heldout")[0])
+        bars.advance(task, ref.size)
+    kept = []
+    for ref in documents["train"]:
+        text, left_out = reader.read(ref, "train")
+        reason = None if left_out else found.reason(text)  # what is left out anyway is counted when shards are written
+        counts.update([reason] if reason else [])
+        kept += [] if reason else [ref]
+        bars.advance(task, ref.size)
+    documents["train"] = kept
+    return counts
+
+
 def _train_tokenizer(
     documents: list[DocumentRef], reader: DocumentReader, train_bytes: int, vocab_size: int, bars: Progress
 ) -> Tokenizer:
@@ -206,7 +288,12 @@ def _write(encoder: ShardEncoder, documents: Documents, workers: int, bars: Prog
     total = sum(ref.size for references in documents.values() for ref in references)
     least, most = SHARD_BYTES
     shard_bytes = min(max(total // SHARDS_PER_CORPUS, least), most)
-    plans = [plan for split, references in documents.items() for plan in _plans(split, references, shard_bytes)]
+    names = list(encoder.reader.config.mixture) or [""]
+    plans = [
+        plan
+        for split, references in documents.items()
+        for plan in _plans(split, references, shard_bytes, names if split == "train" else None)
+    ]
     task = bars.add_task("Shards", total=total)
     written = []
     for result in write_shards(encoder, plans, workers):
@@ -215,17 +302,25 @@ def _write(encoder: ShardEncoder, documents: Documents, workers: int, bars: Prog
     return written
 
 
-def _plans(split: SplitName, references: list[DocumentRef], shard_bytes: int) -> Iterator[ShardPlan]:
-    """Cut a split into shards; each ends with the document that fills it up."""
-    number, size, taken = 0, 0, list[DocumentRef]()
-    for ref in references:
-        taken.append(ref)
-        size += ref.size
-        if size >= shard_bytes:
+def _plans(
+    split: SplitName, references: list[DocumentRef], shard_bytes: int, sources: list[str] | None
+) -> Iterator[ShardPlan]:
+    """Cut a split into shards, one source after another; each ends with the document that fills it up."""
+    number = 0
+    each: Sequence[str | None] = sources or [None]
+    for source in each:
+        size, taken = 0, list[DocumentRef]()
+        for ref in references:
+            if source is not None and ref.source != source:
+                continue
+            taken.append(ref)
+            size += ref.size
+            if size >= shard_bytes:
+                yield ShardPlan(split, f"{split}-{number:05d}", tuple(taken))
+                number, size, taken = number + 1, 0, []
+        if taken:
             yield ShardPlan(split, f"{split}-{number:05d}", tuple(taken))
-            number, size, taken = number + 1, 0, []
-    if taken:
-        yield ShardPlan(split, f"{split}-{number:05d}", tuple(taken))
+            number += 1
 
 
 def _bars(shown: bool) -> Progress:

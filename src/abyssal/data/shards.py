@@ -12,7 +12,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
@@ -57,19 +57,33 @@ def write_shard(stem: Path, documents: Sequence[NDArray[Any]], num_bytes: Sequen
     )
 
 
+def is_whole(folder: Path, shard: Shard) -> bool:
+    """Whether every file of a shard is there and is what was written."""
+    try:
+        return all(_checksum(folder / file.name) == file.sha256 for file in shard.files)
+    except OSError:
+        return False
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 class Shards:
     """One split of a data folder: `tokens[a:b]` of it as one stream, or document by document."""
 
     def __init__(self, folder: Path, split: Split, dtype: str) -> None:
         """Read `split` from `folder`; most callers want `open`."""
         self.folder = folder
+        self.sources: dict[str, range] = {}  # the tokens of each source that has a name; none: they are one
         self.documents, self.bytes = split.documents, split.bytes
         self._shards = split.shards
         self._dtype = np.dtype(dtype)
         self._first_document = list(accumulate((shard.documents for shard in split.shards), initial=0))
-        first_token = list(accumulate((shard.tokens for shard in split.shards), initial=0))
+        self._first_token = list(accumulate((shard.tokens for shard in split.shards), initial=0))
         self._map = lru_cache(maxsize=OPEN_SHARDS)(self._map_shard)
-        self.tokens = TokenStream(first_token, lambda n: self._map(n).tokens)
+        self.tokens = TokenStream(self._first_token, lambda n: self._map(n).tokens)
 
     @classmethod
     def open(cls, folder: Path, split: SplitName) -> Self:
@@ -80,6 +94,10 @@ class Shards:
         """
         manifest = Manifest.read(folder)
         shards = cls(folder, manifest.splits[split], manifest.dtype)
+        if split == "train":
+            start = 0
+            for source in manifest.sources:
+                shards.sources[source.name] = range(start, start := start + source.tokens)
         for file in shards._files():
             path = folder / file.name
             size = path.stat().st_size if path.is_file() else None
@@ -96,9 +114,7 @@ class Shards:
         """
         for file in self._files():
             path = self.folder / file.name
-            with path.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            if digest != file.sha256:
+            if _checksum(path) != file.sha256:
                 raise DataError(f"{path}: damaged, its checksum is not the one in the manifest; {again(self.folder)}")
 
     def document(self, index: int) -> NDArray[np.int64]:
@@ -106,6 +122,16 @@ class Shards:
         shard, place = self._locate(index)
         start, stop = shard.starts[place], shard.starts[place + 1]
         return shard.tokens[start:stop].astype(np.int64)
+
+    def document_starts(self, start: int, stop: int) -> list[int]:
+        """Return which of the tokens [start, stop) of the stream are the first of a document."""
+        found = list[int]()
+        for number, (first, end) in enumerate(pairwise(self._first_token)):
+            if first < stop and start < end:
+                starts = self._map(number).starts[:-1]
+                low, high = np.searchsorted(starts, (start - first, stop - first))
+                found += (starts[low:high] + first).tolist()
+        return found
 
     def document_bytes(self, index: int) -> int:
         """Return the UTF-8 bytes of a document's text."""

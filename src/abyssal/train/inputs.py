@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from abyssal.config import RunConfig
-from abyssal.data.batch import BatchLoader, count_windows
+from abyssal.data.batch import BatchLoader, windows_by_source
 from abyssal.data.manifest import NAME, Manifest
+from abyssal.data.mixture import MixedOrder
 from abyssal.data.order import WindowOrder
 from abyssal.data.prepare import prepare
 from abyssal.data.shards import Shards
@@ -45,8 +46,7 @@ def prepare_inputs(config: RunConfig, folder: Path, console: Console) -> Inputs:
     train, validation, dropped = manifest.splits["train"], manifest.splits["validation"], manifest.dropped
     console.print(
         f"data: {train.documents:,} documents of {train.bytes:,} bytes, {train.tokens:,} tokens to train on; "
-        f"{validation.documents:,} for validation; left out: {dropped.empty} empty, {dropped.duplicate} duplicate, "
-        f"{dropped.undecodable} undecodable",
+        f"{validation.documents:,} for validation; left out: {dropped.sentence()}",
         highlight=False,
     )
     return _open(config, folder)
@@ -75,5 +75,13 @@ def _open(config: RunConfig, folder: Path) -> Inputs:
             raise ConfigError(f"model.{name}={ours}: must be the tokenizer's, {theirs}")
     length = config.train.sequence_length
     shards = Shards.open(folder, "train")
-    order = WindowOrder(config.seed, count_windows(shards, length))
-    return Inputs(folder, BatchLoader(shards, order, length), Shards.open(folder, "validation"))
+    loader = BatchLoader(shards, order_of(config, shards), length, mask_documents=config.data.mask_documents)
+    return Inputs(folder, loader, Shards.open(folder, "validation"))
+
+
+def order_of(config: RunConfig, shards: Shards) -> WindowOrder:
+    """Return the order of training: the windows of one stream, or the recipe's mixture of several."""
+    windows = windows_by_source(shards, config.train.sequence_length)
+    if not shards.sources:
+        return WindowOrder(config.seed, windows[""])
+    return MixedOrder(config.seed, windows, config.data.mixture)

@@ -105,7 +105,9 @@ def _steps(
                 batch, seen = state.next_batch(inputs.loader), state.progress.tokens
                 try:
                     windows = batch.tokens.to(device)
-                    result = train_step(state.model, state.optimizer, windows, config, seen, judge=state.judge)
+                    result = train_step(
+                        state.model, state.optimizer, windows, config, seen, lengths=batch.lengths, judge=state.judge
+                    )
                 except RefusedUpdateError as refused:
                     state.refuse(batch)
                     reporter.refused(state.progress, batch.ranges, refused)

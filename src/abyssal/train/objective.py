@@ -5,6 +5,7 @@ Legend: B sequences, S positions each, T = B * S packed tokens, D hidden, E rout
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from abyssal.model import Context, RouterStatistics, Transformer
 class ObjectiveWeights:
     """What scales the parts of the objective in one step.
 
-    `tokens` and `sequences` are those of the whole batch, so that micro-batches simply add up.
+    `tokens` and `sequences` are those of the whole batch, so that micro-batches simply add up; a sequence is what
+    attention stays inside of, a window or a document.
     """
 
     tokens: int
@@ -36,7 +38,9 @@ class MicroBatchLoss:
     statistics: RouterStatistics
 
 
-def micro_batch_loss(model: Transformer, windows: Tensor, weights: ObjectiveWeights) -> MicroBatchLoss:
+def micro_batch_loss(
+    model: Transformer, windows: Tensor, weights: ObjectiveWeights, lengths: Sequence[Sequence[int]] = ()
+) -> MicroBatchLoss:
     """Return the objective of windows of S + 1 tokens, of which each but the last predicts its successor.
 
     total = (L_main + lambda / D * sum_k L_k) / tokens, and the balance loss enters by itself at the affinities.
@@ -44,12 +48,15 @@ def micro_batch_loss(model: Transformer, windows: Tensor, weights: ObjectiveWeig
 
     Args:
         windows: [B, S + 1] token ids.
+        weights: of the parts.
+        lengths: of each window, the inputs of one document after another: none then sees another document, each is a
+            sequence of its own to the balance loss, and the MTP modules end with it. Without, a window is one.
 
     Paper: §2.2 eq. 24, 25; §2.1.2 eq. 17.
     """
     count, length = windows.shape[0], windows.shape[1] - 1
     tokens, targets = windows[:, :-1].flatten(), windows[:, 1:].flatten()  # [T] each
-    whole = Context.packed([length] * count, windows.device)
+    whole = Context.packed([n for row in lengths for n in row] or [length] * count, windows.device)
     ctx = Context(
         lengths=whole.lengths,
         positions=whole.positions,

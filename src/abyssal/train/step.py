@@ -5,7 +5,7 @@ Legend: B sequences, S positions each, E routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ def train_step(
     tokens_seen: int,
     *,
     judge: Callable[[float, float], str | None] = non_finite,
+    lengths: Sequence[Sequence[int]] = (),
 ) -> StepResult:
     """Accumulate the batch's gradients, clip, update the weights, then the balancing biases.
 
@@ -57,6 +58,7 @@ def train_step(
         windows: [B, S + 1] token ids, the whole batch.
         tokens_seen: before this step; the schedules are functions of it.
         judge: takes loss and gradient norm, and says why the update is to be refused, or none.
+        lengths: of each window, the inputs of one document after another, where none may see another document.
 
     Raises:
         RefusedUpdateError: `judge` refused; weights, moments and biases are as before.
@@ -66,7 +68,7 @@ def train_step(
     sequences, positions = windows.shape[0], windows.shape[1] - 1
     weights = ObjectiveWeights(
         tokens=sequences * positions,
-        sequences=sequences,
+        sequences=sum(map(len, lengths)) or sequences,
         mtp=schedule.mtp_weight.at(tokens_seen, total_tokens),
         balance=config.objective.balance_alpha,
     )
@@ -74,8 +76,9 @@ def train_step(
     loads: dict[int, Tensor] = {}
     balance: list[Tensor] = []
     optimizer.zero_grad(set_to_none=True)
-    for micro_batch in windows.split(config.train.micro_batch_size):
-        part = micro_batch_loss(model, micro_batch, weights)
+    size = config.train.micro_batch_size
+    for first, micro_batch in zip(range(0, sequences, size), windows.split(size), strict=True):
+        part = micro_batch_loss(model, micro_batch, weights, lengths[first : first + size])
         part.total.backward()
         main = main + part.main.cpu()
         mtp = [a + b.cpu() for a, b in zip(mtp, part.mtp, strict=True)]
