@@ -91,9 +91,11 @@ def test_exported_directory_continues_the_same_text_in_transformers(small_run: R
     assert output[0, len(prompt) :].tolist() == found
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_interrupted_run_resumes_with_the_same_losses_to_the_bit(
-    small_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
+    small_run = change(small_run, optimizer={"name": optimizer})
     loop.start(small_run, tmp_path / "whole", SILENT)
     whole_step, stop_at = loop.train_step, random.randint(4, 11)
     calls = 0

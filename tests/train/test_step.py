@@ -11,7 +11,7 @@ from abyssal.config import ModelConfig, RunConfig, load_recipe
 from abyssal.errors import TrainingError
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
-from abyssal.train.optimizer import build_optimizer, clip_gradients
+from abyssal.train.optimizer import Optimizers, build_optimizer, clip_gradients
 from abyssal.train.step import train_step
 
 FAST = choose_kernels(torch.device("cpu"), torch.float32)
@@ -23,7 +23,7 @@ def config(tiny_config: ModelConfig) -> RunConfig:
     return demo.model_copy(update={"model": tiny_config})
 
 
-def build(config: RunConfig) -> tuple[Transformer, torch.optim.AdamW]:
+def build(config: RunConfig) -> tuple[Transformer, Optimizers]:
     model = initialise(Transformer(config.model, FAST), seed=2)
     return model, build_optimizer(model, config.optimizer)
 
@@ -63,12 +63,12 @@ def test_non_finite_gradient_leaves_weights_moments_and_biases(config: RunConfig
     model, optimizer = build(config)
     windows = torch.randint(97, (4, 13))
     train_step(model, optimizer, windows, config, tokens_seen=400)
-    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    before = copy.deepcopy((model.state_dict(), optimizer.tensors(dict(model.named_parameters()))))
     hook = model.lm_head.weight.register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(TrainingError, match="not finite; this update was not applied"):
         train_step(model, optimizer, windows, config, tokens_seen=448)
     hook.remove()
-    after = (model.state_dict(), optimizer.state_dict()["state"])
+    after = (model.state_dict(), optimizer.tensors(dict(model.named_parameters())))
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
     torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
 
@@ -104,3 +104,17 @@ def test_masked_step_does_not_depend_on_the_size_of_micro_batches(config: RunCon
     plain = train_step(model, optimizer, windows, config, tokens_seen=400).gradient_norm
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
     assert abs(plain - norms[0]) > 1e-4 * plain
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_belongs_to_one_optimizer_and_moves(config: RunConfig, name: str) -> None:
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"name": name})})
+    model, optimizer = build(config)
+    owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train_step(model, optimizer, torch.randint(97, (4, 13)), config, tokens_seen=400)
+    assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+    by_muon = {n for n, state in optimizer.tensors(dict(model.named_parameters())).items() if "momentum" in state}
+    assert not [n for n in by_muon if "norm" in n or "embed" in n or "lm_head" in n or n.endswith("gate.weight")]
+    assert ("model.layers.1.mlp.experts.gate_up_proj" in by_muon) == (name == "muon")

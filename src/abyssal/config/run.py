@@ -106,12 +106,15 @@ class TrainConfig(Frozen):
 
 
 class OptimizerConfig(Frozen):
-    """AdamW with fp32 master weights. Paper: §4.2; eps is not published."""
+    """AdamW with fp32 master weights, or Muon for the hidden matrices beside it. Paper: §4.2; eps is not published."""
 
+    name: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     max_grad_norm: PositiveFloat = 1.0
+    muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    muon_lr_scale: PositiveFloat = Field(default=1.0, description="Muon's learning rate over AdamW's")
 
 
 class ObjectiveConfig(Frozen):

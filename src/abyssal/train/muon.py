@@ -6,7 +6,7 @@ Legend: L stacked matrices, A rows, B columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -87,3 +87,11 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1.0 - momentum)
         return gradient.lerp(state["momentum"], momentum)
+
+
+def muon_tensors(optimizer: Muon, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return a Muon's live state as {parameter name: {"momentum"}}, made as zeros where no step was taken yet."""
+    for parameter in parameters.values():
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter]["momentum"] = torch.zeros_like(parameter)
+    return {name: dict(optimizer.state[parameter]) for name, parameter in parameters.items()}

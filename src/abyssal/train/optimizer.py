@@ -1,31 +1,85 @@
-"""AdamW as published, and the gradient norm. Paper: §4.2."""
+"""The optimizers of a run, stepped as one, and the gradient norm. Paper: §4.2."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from abyssal.checkpoint.state import adamw_tensors
 from abyssal.config.run import OptimizerConfig
+from abyssal.train.muon import Muon, muon_tensors
+
+#: Matrices that Muon leaves to AdamW: rows of tables, and the gate, whose rows are centroids.
+TABLES = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return fused AdamW over the (fp32) master weights; the learning rate is set before each step.
+class Optimizers:
+    """One or two optimizers over the (fp32) master weights, each over parameters of its own."""
+
+    def __init__(self, adamw: torch.optim.AdamW, muon: Muon | None = None) -> None:
+        """Step `adamw`, and `muon` if there is one."""
+        self.adamw, self.muon = adamw, muon
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of both, as torch keeps them."""
+        return self.adamw.param_groups + (self.muon.param_groups if self.muon else [])
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def step(self, learning_rate: float) -> None:
+        """Update all parameters in place."""
+        for group in self.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        if self.muon is not None:
+            self.muon.step()
+
+    def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the live state by parameter name, made as zeros where no step was taken yet."""
+        taken = {id(p) for group in self.muon.param_groups for p in group["params"]} if self.muon else set()
+        by_adamw = {name: p for name, p in parameters.items() if id(p) not in taken}
+        by_muon = {name: p for name, p in parameters.items() if id(p) in taken}
+        found = adamw_tensors(self.adamw, by_adamw)
+        return found | muon_tensors(self.muon, by_muon) if self.muon else found
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizers:
+    """Return fused AdamW over everything, or, if the recipe says so, Muon over the hidden matrices and AdamW beside it.
 
     Weight decay applies to matrices. Differs: the report does not say whether norm scales decay; here they do not.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    scales = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": scales, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Use `learning_rate` for every group from now on."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    named = dict(model.named_parameters())
+    hidden = {n: p for n, p in named.items() if config.name == "muon" and p.dim() >= 2 and not n.endswith(TABLES)}
+    rest = [p for n, p in named.items() if n not in hidden]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+    if not hidden:
+        return Optimizers(adamw)
+    stacked = [p for n, p in hidden.items() if n.endswith("gate_up_proj")]
+    single = [p for n, p in hidden.items() if not n.endswith("gate_up_proj")]
+    muon = Muon(
+        [group for group in ({"params": single, "parts": 1}, {"params": stacked, "parts": 2}) if group["params"]],
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+        lr_scale=config.muon_lr_scale,
+    )
+    return Optimizers(adamw, muon)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from abyssal.model import Transformer
 from abyssal.train.balancing import add_loads, max_violation, update_biases
 from abyssal.train.guard import non_finite
 from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
-from abyssal.train.optimizer import clip_gradients, set_learning_rate
+from abyssal.train.optimizer import Optimizers, clip_gradients
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RefusedUpdateError(TrainingError):
 
 def train_step(
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     windows: Tensor,
     config: RunConfig,
     tokens_seen: int,
@@ -75,7 +75,7 @@ def train_step(
     main, mtp = torch.zeros(()), [torch.zeros(()) for _ in model.mtp_modules]
     loads: dict[int, Tensor] = {}
     balance: list[Tensor] = []
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     size = config.train.micro_batch_size
     for first, micro_batch in zip(range(0, sequences, size), windows.split(size), strict=True):
         part = micro_batch_loss(model, micro_batch, weights, lengths[first : first + size])
@@ -88,8 +88,7 @@ def train_step(
     loss = main.item() / weights.tokens
     if reason := judge(loss, norm):
         raise RefusedUpdateError(reason, loss, norm)
-    set_learning_rate(optimizer, learning_rate)
-    optimizer.step()
+    optimizer.step(learning_rate)
     update_biases(model, loads, schedule.bias_update_speed.at(tokens_seen, total_tokens))
     return StepResult(
         loss=loss,

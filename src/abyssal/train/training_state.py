@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from abyssal.checkpoint.atomic import os_faults, remove_directory
-from abyssal.checkpoint.state import adamw_tensors, leaves, load_state, states
+from abyssal.checkpoint.state import leaves, load_state, states
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
 from abyssal.errors import CheckpointError, TrainingError
@@ -31,7 +31,7 @@ class TrainingState:
         self.weights = self.model.state_dict()  # the live tensors
         self.average = WeightAverage(self.weights, config.ema.decay) if config.ema.decay else None
         self.progress, self.guard = Progress(), Guard()
-        moments = adamw_tensors(self.optimizer, dict(self.model.named_parameters()))
+        moments = self.optimizer.tensors(dict(self.model.named_parameters()))
         self.tensors: dict[str, Any] = {"model": self.weights, "optimizer": moments}
         if self.average is not None:
             self.tensors["ema"] = self.average.tensors
