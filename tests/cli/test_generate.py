@@ -114,3 +114,35 @@ def test_an_incomplete_model_directory_is_a_failure(model_folder: Path, lost: st
     (model_folder / lost).unlink()
     assert main(["generate", str(model_folder), "--prompt", "x"]) == 1
     assert lost in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [(["--speculate"], 1), (["--drafts", "3"], 3), (["--speculate", "--drafts", "2"], 2)],
+    ids=str,
+)
+def test_speculation_leaves_the_text_alone_and_tells_what_became_of_the_drafts(
+    model_folder: Path, continuation: Callable[..., str], capsys: Capture, options: list[str], places: int
+) -> None:
+    arguments = ["--prompt", "def f", "--temperature", "0", "--max-new-tokens", "20", *options]
+    assert main(["generate", str(model_folder), *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert out == continuation("def f", SamplingParameters(20, temperature=0))
+    by_place = rf" \(by place: {', '.join([r'[0-9]+/[0-9]+'] * places)}\)" if places > 1 else ""
+    line = rf"speculation: \d+/\d+ drafts accepted, \d+%{by_place}; \d\.\d\d tokens a pass\n"
+    assert re.search(line + r"\Z", err)
+
+
+def test_speculation_without_mtp_modules_is_refused(model_folder: Path, capsys: Capture) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = model_folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("model.layers.3.")}
+    save_file(kept, file, metadata={"format": "pt"})
+    assert main(["generate", str(model_folder), "--prompt", "x", "--speculate"]) == 2
+    assert "drafts come from MTP modules, and this model has none" in capsys.readouterr().err
+
+
+def test_fewer_drafts_than_one_are_refused(model_folder: Path, capsys: Capture) -> None:
+    assert main(["generate", str(model_folder), "--prompt", "x", "--drafts", "0"]) == 2
+    assert "drafts=0: must be at least 1" in capsys.readouterr().err

@@ -67,10 +67,13 @@ def test_bfloat16_generates_from_a_bfloat16_cache(tiny_config: ModelConfig, buil
     assert all(token.logprob < 0 for token in tokens)
 
 
-def test_only_main_layers_attend_over_the_cache(tiny_config: ModelConfig, build: Build) -> None:
-    cores = [layer.self_attn.core for layer in build(tiny_config).model.layers]
-    assert [isinstance(core, AbsorbedCore) for core in cores] == [True, True, True, False]
-    assert [core.layer for core in cores[:3]] == [0, 1, 2]
+def test_main_layers_share_a_cache_and_each_mtp_module_is_the_only_layer_of_its_own(
+    tiny_config: ModelConfig, build: Build
+) -> None:
+    model = build(tiny_config.model_copy(update={"num_nextn_predict_layers": 2}))
+    cores = [layer.self_attn.core for layer in model.model.layers]
+    assert all(isinstance(core, AbsorbedCore) for core in cores)
+    assert [core.layer for core in cores] == [0, 1, 2, 0, 0]
 
 
 def test_generation_ends_with_an_end_token(tiny_config: ModelConfig, build: Build) -> None:

@@ -35,6 +35,14 @@ def test_a_token_takes_latent_plus_rotary_dims_in_each_main_layer_and_no_more(ti
     assert (cache.capacity_tokens, cache.lengths) == (10, (0, 0))
 
 
+def test_a_cache_may_serve_fewer_layers_than_the_main_model_has(tiny_config: ModelConfig) -> None:
+    cache = ContiguousLatentCache(tiny_config, CAPACITY, layers=1)
+    cache.begin((2,))
+    cache.append(0, *rows(tiny_config, 0, 2))
+    assert cache.lengths == (2,)
+    assert cache.bytes == CAPACITY * (13 + 4) * 4
+
+
 def test_begin_counts_positions_on_and_leaves_out_sequences_without_new_tokens(tiny_config: ModelConfig) -> None:
     cache = filled(tiny_config, 2, 4, 1)
     ctx = cache.begin((3, 0, 2))
@@ -42,16 +50,16 @@ def test_begin_counts_positions_on_and_leaves_out_sequences_without_new_tokens(t
     assert ctx.positions.tolist() == [2, 3, 4, 1, 2]
     assert ctx.cache is cache
     views = cache.append(0, *rows(tiny_config, 50, 5))
-    assert [tuple(c.shape) for c, _ in views] == [(5, 13), (3, 13)]
-    assert [tuple(k.shape) for _, k in views] == [(5, 4), (3, 4)]
+    assert [tuple(view.shape) for view in views] == [(5, 13 + 4), (3, 13 + 4)]
 
 
 def test_appended_rows_are_views_into_the_cache(tiny_config: ModelConfig) -> None:
     cache = ContiguousLatentCache(tiny_config, CAPACITY)
     cache.begin((2,))
-    (latents, keys), *_ = cache.append(0, *rows(tiny_config, 0, 2))
-    assert latents.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
-    assert latents.untyped_storage().nbytes() == cache.bytes
+    latents, keys = rows(tiny_config, 0, 2)
+    (view,) = cache.append(0, latents, keys)
+    assert torch.equal(view, torch.cat((latents, keys), -1))
+    assert view.untyped_storage().nbytes() == cache.bytes
 
 
 def test_a_pass_counts_once_its_last_layer_is_appended(tiny_config: ModelConfig) -> None:
@@ -173,9 +181,9 @@ class CacheAgainstLists(RuleBasedStateMachine):
             first = 1000 * layer + self.used
             views = self.cache.append(layer, *rows(self.config, first, sum(counts)))
             present = [tokens for tokens, n in zip(after, counts, strict=True) if n]
-            for (latents, keys), tokens in zip(views, present, strict=True):
-                assert latents[:, 0].tolist() == [1000 * layer + t for t in tokens]
-                assert keys[:, 0].tolist() == [-1000 * layer - t for t in tokens]
+            for view, tokens in zip(views, present, strict=True):
+                assert view[:, 0].tolist() == [1000 * layer + t for t in tokens]
+                assert view[:, self.config.kv_lora_rank].tolist() == [-1000 * layer - t for t in tokens]
         self.used += sum(counts)
         if layers == self.config.num_hidden_layers:
             self.expected = after

@@ -23,13 +23,13 @@ class ListCache:
     lengths: tuple[int, ...]
     rows: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> list[Tensor]:
         everything = []
         for n, new in enumerate(zip(c_kv.split(self.lengths), k_rope.split(self.lengths), strict=True)):
             old = self.rows.get((layer, n))
             rows = new if old is None else (torch.cat((old[0], new[0])), torch.cat((old[1], new[1])))
             self.rows[layer, n] = rows
-            everything.append(rows)
+            everything.append(torch.cat(rows, -1))
         return everything
 
 

@@ -102,7 +102,7 @@ def test_latent_attention_equals_the_definition(seed: int, new: int, cached: int
     q_rope = torch.randn(new, heads, rope, dtype=torch.float64, generator=generator)
     c_kv = torch.randn(cached, latent, dtype=torch.float64, generator=generator)
     k_rope = torch.randn(cached, rope, dtype=torch.float64, generator=generator)
-    out = latent_attention(q_latent, q_rope, c_kv, k_rope, scale)
+    out = latent_attention(q_latent, q_rope, torch.cat((c_kv, k_rope), -1), scale)
     assert out.shape == (new, heads, latent)
     for t in range(new):
         seen = cached - new + t + 1  # the newest token sees everything, the one before all but it
@@ -117,7 +117,7 @@ def test_latent_attention_equals_the_definition(seed: int, new: int, cached: int
 def test_latent_attention_in_lower_precision_is_within_tolerance(dtype: torch.dtype, tolerance: float) -> None:
     """In bf16 a score is a bf16 product: of size 4 it is off by up to 2^-7, and its weight by as much."""
     generator = torch.Generator().manual_seed(4)
-    shapes = ((2, 3, 24), (2, 3, 8), (19, 24), (19, 8))
+    shapes = ((2, 3, 24), (2, 3, 8), (19, 24 + 8))
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     exact = latent_attention(*(x.double() for x in inputs), 32**-0.5)
     out = latent_attention(*inputs, 32**-0.5)

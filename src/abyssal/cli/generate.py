@@ -13,7 +13,7 @@ import typer
 from abyssal.errors import DataError
 
 if TYPE_CHECKING:
-    from abyssal.engine import FinishReason, SamplingParameters
+    from abyssal.engine import FinishReason, SamplingParameters, Speculation
     from abyssal.engine.generation_config import GenerationDefaults
 
 Model = Annotated[
@@ -38,6 +38,11 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
 DType = Annotated[str, typer.Option(help="auto (bfloat16 where the files hold 16 bits), float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>.")]
+Speculate = Annotated[bool, typer.Option("--speculate", help="Let the MTP modules draft; the text stays the same.")]
+Drafts = Annotated[
+    int | None,
+    typer.Option(help="Tokens to draft a pass; implies --speculate.", show_default="the number of MTP modules"),
+]
 Bos = Annotated[bool, typer.Option("--bos/--no-bos", help="Whether the prompt starts with the BOS token.")]
 
 
@@ -54,6 +59,8 @@ def generate(
     dtype: DType = "auto",
     device: Device = "cpu",
     bos: Bos = True,
+    speculate: Speculate = False,
+    drafts: Drafts = None,
 ) -> None:
     """Continue a prompt with a model: the text to standard output, a summary to standard error.
 
@@ -61,9 +68,10 @@ def generate(
 
         abyssal generate runs/demo/model --prompt 'class Stack:'
         abyssal generate runs/demo/model --prompt - --stop 'def ' < main.py
+        abyssal generate runs/demo/model --prompt 'import os' --speculate
     """
     from abyssal.cli.model_argument import refuse_run_folder
-    from abyssal.engine import SamplingParameters, load_model, new_token_limit, stream_text
+    from abyssal.engine import SamplingParameters, load_model, new_token_limit, speculation_for, stream_text
 
     asked = {
         "max_new_tokens": max_new_tokens,
@@ -78,6 +86,7 @@ def generate(
     refuse_run_folder(model)
     text = _standard_input() if prompt == "-" else prompt
     loaded = load_model(model, dtype=dtype, device=device)
+    speculation = speculation_for(loaded.config, drafts) if speculate or drafts is not None else None
     parameters = _with_defaults(loaded.defaults, given)
     prompt_ids = loaded.encode_prompt(text, bos=bos)
     limit = new_token_limit(loaded.config, len(prompt_ids), parameters.max_new_tokens)
@@ -88,12 +97,12 @@ def generate(
             err=True,
         )
     times = [time.perf_counter()]
-    for chunk in stream_text(loaded, prompt_ids, parameters):
+    for chunk in stream_text(loaded, prompt_ids, parameters, speculation):
         typer.echo(chunk.text, nl=False)  # flushes
         times.append(time.perf_counter())
     if sys.stdout.isatty():
         typer.echo(err=True)  # the text need not end its line
-    typer.echo(_summary(len(prompt_ids), times, chunk.finish_reason), err=True)
+    typer.echo(_summary(len(prompt_ids), times, chunk.finish_reason, speculation), err=True)
 
 
 def _with_defaults(defaults: GenerationDefaults, given: Mapping[str, object]) -> SamplingParameters:
@@ -114,11 +123,15 @@ def _standard_input() -> str:
         raise DataError(f"standard input: byte {error.start} is not UTF-8; convert the text first") from None
 
 
-def _summary(prompt_tokens: int, times: list[float], reason: FinishReason | None) -> str:
-    """Return one line on what was generated; `times` [s] are the start's and those of each new token."""
+def _summary(
+    prompt_tokens: int, times: list[float], reason: FinishReason | None, speculation: Speculation | None
+) -> str:
+    """Return a line on what was generated, and one on its drafts; `times` [s]: the start's, each new token's."""
     new = len(times) - 1
     rate = f" at {(new - 1) / (times[-1] - times[1]):.1f} tokens/s" if new > 1 else ""
     ends = {"eos": "the model's end token", "stop": "a stop string", "length": "its length", None: "nothing"}
+    drafts = f"\nspeculation: {speculation}" if speculation else ""
     return (
         f"{prompt_tokens} prompt tokens in {times[1] - times[0]:.2f} s, {new} new tokens{rate}; ended by {ends[reason]}"
+        f"{drafts}"
     )

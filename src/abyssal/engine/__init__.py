@@ -4,6 +4,7 @@ from abyssal.engine.generate import GeneratedToken, generate, new_token_limit, u
 from abyssal.engine.latent_cache import ContiguousLatentCache
 from abyssal.engine.load import LoadedModel, load_model
 from abyssal.engine.sampling import SamplingParameters, sample
+from abyssal.engine.speculate import Speculation, generate_speculatively, speculation_for
 from abyssal.engine.text_stream import Chunk, FinishReason, TextStream, stream_text
 
 __all__ = [
@@ -13,11 +14,14 @@ __all__ = [
     "GeneratedToken",
     "LoadedModel",
     "SamplingParameters",
+    "Speculation",
     "TextStream",
     "generate",
+    "generate_speculatively",
     "load_model",
     "new_token_limit",
     "sample",
+    "speculation_for",
     "stream_text",
     "use_latent_cache",
 ]

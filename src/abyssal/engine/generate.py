@@ -1,6 +1,6 @@
 """One prompt to tokens: the prompt through the model in a few passes, then token by token over the latent cache.
 
-Legend: V vocabulary.
+Legend: V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ class GeneratedToken:
 
 
 def use_latent_cache(model: Transformer) -> None:
-    """Let the main layers of `model` attend over the latent cache of their context; changes the model in place."""
-    for number, layer in enumerate(model.model.layers[: model.config.num_hidden_layers]):
-        layer.self_attn.core = AbsorbedCore(model.config, number)  # type: ignore[union-attr]
+    """Let the layers of `model` attend over the latent cache of their context; changes the model in place.
+
+    The main layers share one cache; each MTP module is the only layer of a cache of its own.
+    """
+    main_layers = model.config.num_hidden_layers
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.core = AbsorbedCore(model.config, number if number < main_layers else 0)  # type: ignore[union-attr]
 
 
 def new_token_limit(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -70,14 +74,23 @@ def generate(
         UsageError: when called: an empty or too long prompt, or an id that the model does not have.
         ModelDirectoryError: while iterating: the logits are not finite.
     """
+    limit = check_prompt(model, prompt_ids, parameters)
+    return _continue(model, prompt_ids, parameters, frozenset(eos_ids), limit)
+
+
+def check_prompt(model: Transformer, prompt_ids: Sequence[int], parameters: SamplingParameters) -> int:
+    """Return how many tokens can follow; see `new_token_limit`.
+
+    Raises:
+        UsageError: an empty or too long prompt, or an id that the model does not have.
+    """
     if not prompt_ids:
         raise UsageError("prompt: has no tokens; give some text, or let it start with the BOS token")
     vocab_size = model.config.vocab_size
     for token in (min(prompt_ids), max(prompt_ids)):
         if not 0 <= token < vocab_size:
             raise UsageError(f"prompt: token id {token} is not one of the model's, 0 to {vocab_size - 1}")
-    limit = new_token_limit(model.config, len(prompt_ids), parameters.max_new_tokens)
-    return _continue(model, prompt_ids, parameters, frozenset(eos_ids), limit)
+    return new_token_limit(model.config, len(prompt_ids), parameters.max_new_tokens)
 
 
 def _continue(
@@ -109,12 +122,25 @@ def next_logits(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache
     Returns:
         [V], the output head being applied to the last token only.
     """
-    expected = cache.lengths[0] + len(tokens)
     for part in tokens.split(PREFILL_TOKENS):
-        hidden = model(part, cache.begin((len(part),)))  # [t, D]
+        hidden = run_pass(model, part, cache)  # [t, D]
+    return model.logits(hidden[-1])  # [V]
+
+
+@torch.inference_mode()
+def run_pass(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache) -> Tensor:
+    """Run new tokens [t] through the main model in one pass and return its hidden states after the final norm, [t, D].
+
+    Args:
+        model: prepared by `use_latent_cache`.
+        tokens: ids [t].
+        cache: of one sequence; grows by t.
+    """
+    expected = cache.lengths[0] + len(tokens)
+    hidden: Tensor = model(tokens, cache.begin((len(tokens),)))
     if cache.lengths[0] != expected:  # another core attends to the new tokens alone, and nobody would notice
         raise RuntimeError("the model's layers do not write to the latent cache; call use_latent_cache(model) first")
-    return model.logits(hidden[-1])  # [V]
+    return hidden
 
 
 @torch.inference_mode()

@@ -32,13 +32,19 @@ class ContiguousLatentCache:
         sequences: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        layers: int | None = None,
     ) -> None:
-        """Allocate room for `capacity_tokens` tokens in each of `sequences` sequences, for the main model's layers."""
+        """Allocate room for `capacity_tokens` tokens in each of `sequences` sequences.
+
+        The cache serves `layers` layers; none given, those of the main model.
+        """
         if capacity_tokens < 1 or sequences < 1:
             raise ValueError(f"capacity_tokens={capacity_tokens}, sequences={sequences}: both must be at least 1")
         self._latent_dim = config.kv_lora_rank
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        shape = (config.num_hidden_layers, sequences, capacity_tokens, width)
+        layers = config.num_hidden_layers if layers is None else layers
+        shape = (layers, sequences, capacity_tokens, width)
         self._storage = torch.empty(shape, dtype=dtype, device=device)  # [L, N, capacity, C+R]
         self._lengths = [0] * sequences
         self._new: list[tuple[int, int]] = []  # (sequence, new tokens) of the pass under way
@@ -88,7 +94,7 @@ class ContiguousLatentCache:
         positions = (spans[0] if len(spans) == 1 else torch.cat(spans)).to(self._storage.device)  # [T]
         return Context(lengths=tuple(n for _, n in self._new), positions=positions, cache=self)
 
-    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> list[Tensor]:
         """Write the new tokens of `layer` into their slots and return views of what its sequences hold by now.
 
         Args:
@@ -96,7 +102,7 @@ class ContiguousLatentCache:
             c_kv: [T, C], normed latents; k_rope: [T, R], rotated keys; both in the cache's dtype, which is not cast.
 
         Returns:
-            For each sequence of the pass ([S, C], [S, R]), views into the cache that later passes do not change.
+            For each sequence of the pass [S, C+R], a view into the cache that later passes do not change.
         """
         if not self._new or layer != self._next_layer:
             raise RuntimeError(
@@ -111,10 +117,9 @@ class ContiguousLatentCache:
         for sequence, n in self._new:
             start = self._lengths[sequence]
             slots = self._storage[layer, sequence, : start + n]  # [S, C+R]
-            latents, keys = slots[:, : self._latent_dim], slots[:, self._latent_dim :]
-            latents[start:] = c_kv[row : row + n]
-            keys[start:] = k_rope[row : row + n]
-            views.append((latents, keys))
+            slots[start:, : self._latent_dim] = c_kv[row : row + n]
+            slots[start:, self._latent_dim :] = k_rope[row : row + n]
+            views.append(slots)
             row += n
         self._next_layer += 1
         if self._next_layer == len(self._storage):

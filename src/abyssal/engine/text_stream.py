@@ -9,6 +9,7 @@ from typing import Literal
 from abyssal.engine.generate import GeneratedToken, generate, new_token_limit
 from abyssal.engine.load import LoadedModel
 from abyssal.engine.sampling import SamplingParameters
+from abyssal.engine.speculate import Speculation, generate_speculatively
 from abyssal.engine.stop_strings import StopStringFilter
 from abyssal.text.tokenizer import Tokenizer
 
@@ -47,13 +48,21 @@ class Chunk:
     finish_reason: FinishReason | None = None
 
 
-def stream_text(loaded: LoadedModel, prompt_ids: Sequence[int], parameters: SamplingParameters) -> Iterator[Chunk]:
-    """Yield the continuation of a prompt, one chunk a token.
+def stream_text(
+    loaded: LoadedModel,
+    prompt_ids: Sequence[int],
+    parameters: SamplingParameters,
+    speculation: Speculation | None = None,
+) -> Iterator[Chunk]:
+    """Yield the continuation of a prompt, one chunk a token; with drafts if there is a `speculation`, which counts.
 
     Raises:
         UsageError, ModelDirectoryError: as `generate` does.
     """
-    tokens = generate(loaded.model, prompt_ids, parameters, loaded.eos_ids)
+    if speculation is None:
+        tokens = generate(loaded.model, prompt_ids, parameters, loaded.eos_ids)
+    else:
+        tokens = generate_speculatively(loaded.model, prompt_ids, parameters, loaded.eos_ids, speculation)
     limit = new_token_limit(loaded.config, len(prompt_ids), parameters.max_new_tokens)
     return _chunks(loaded, tokens, parameters.stop, limit)
 

@@ -6,6 +6,7 @@ C latent dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -71,11 +72,11 @@ class AbsorbedCore:
         w_uk, w_uv = weight.unflatten(0, (cfg.num_attention_heads, -1)).split((cfg.qk_nope_head_dim, cfg.v_head_dim), 1)
         q_latent = torch.einsum("thn,hnc->thc", q_c, w_uk)  # [T, H, C]  eq. 2 moved to the query's side
         if ctx.cache is None:
-            cached = list(zip(c_kv.split(ctx.lengths), k_r.split(ctx.lengths), strict=True))
+            cached: Sequence[Tensor] = torch.cat((c_kv, k_r), -1).split(ctx.lengths)
         else:
-            cached = list(ctx.cache.append(self.layer, c_kv, k_r))
+            cached = ctx.cache.append(self.layer, c_kv, k_r)  # [S, C+R] of each sequence
         queries = zip(q_latent.split(ctx.lengths), q_r.split(ctx.lengths), cached, strict=True)
-        o_latent = torch.cat([latent_attention(q, r, c, k, cfg.softmax_scale) for q, r, (c, k) in queries])  # eq. 10
+        o_latent = torch.cat([latent_attention(q, r, c, cfg.softmax_scale) for q, r, c in queries])  # eq. 10
         return torch.einsum("thc,hvc->thv", o_latent, w_uv)  # [T, H, V]  eq. 5 moved behind the sum
 
 

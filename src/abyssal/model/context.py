@@ -16,11 +16,11 @@ from torch import Tensor
 class LatentCache(Protocol):
     """Where attention over a cache keeps its latents; the engine owns it."""
 
-    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> Sequence[Tensor]:
         """Add the new tokens' latents ([T, C], [T, R]) of `layer`.
 
         Returns:
-            For each sequence of the context everything that is cached by now: ([S, C], [S, R]).
+            For each sequence of the context everything that is cached by now, latent and key side by side: [S, C+R].
         """
         ...
 

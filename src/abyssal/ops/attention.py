@@ -128,15 +128,14 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], s
     return o.view(len(lengths), heads, -1, value_dim).transpose(1, 2).flatten(0, 1)  # [T, H, V]
 
 
-def latent_attention(
-    q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, scale: float
-) -> Tensor:  # [t, H, C]
+def latent_attention(q_latent: Tensor, q_rope: Tensor, cached: Tensor, scale: float) -> Tensor:  # [t, H, C]
     """Attend over the latent cache itself: all heads share one key of C + R dims and one value of C dims.
 
     Args:
         q_latent: [t, H, C], the newest t tokens' queries with W_UK absorbed.
         q_rope: [t, H, R].
-        c_kv: [S, C], all cached latents of the sequence, the newest t included; k_rope: [S, R] likewise.
+        cached: [S, C+R], all cached latents of the sequence with their rotary keys beside them, the newest t included:
+            read where they lie, since a copy would cost more than the products of a single new token.
         scale: multiplies the scores before the softmax.
 
     Returns:
@@ -144,11 +143,12 @@ def latent_attention(
 
     Paper: §2.1.1 eq. 10, with W_UK and W_UV absorbed into query and output as DeepSeek-V2 describes.
     """
-    t, s = q_latent.shape[0], c_kv.shape[0]
+    t, s = q_latent.shape[0], cached.shape[0]
     wide = torch.promote_types(q_latent.dtype, torch.float32)
     queries = torch.cat((q_latent, q_rope), -1).to(wide)  # [t, H, C+R]
-    keys = torch.cat((c_kv, k_rope), -1).to(wide)  # [S, C+R]
-    scores = (queries.flatten(0, 1) @ keys.T).view(t, -1, s) * scale  # [t, H, S]
-    future = torch.ones(t, s, dtype=torch.bool, device=c_kv.device).triu(s - t + 1)
-    weights = scores.masked_fill(future[:, None], float("-inf")).softmax(-1).to(c_kv.dtype)
-    return (weights.flatten(0, 1) @ c_kv).view_as(q_latent)
+    scores = (queries.flatten(0, 1) @ cached.to(wide).T).view(t, -1, s) * scale  # [t, H, S]
+    if t > 1:  # a single new token sees everything
+        future = torch.ones(t, s, dtype=torch.bool, device=cached.device).triu(s - t + 1)
+        scores = scores.masked_fill(future[:, None], float("-inf"))
+    weights = scores.softmax(-1).to(cached.dtype)
+    return (weights.flatten(0, 1) @ cached[:, : q_latent.shape[-1]]).view_as(q_latent)
