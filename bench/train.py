@@ -48,6 +48,7 @@ def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
         base.model_dump()
         | {
             "model": config.model_dump(),
+            "optimizer": base.optimizer.model_dump() | {"name": "adamw"},
             "train": base.train.model_dump()
             | {
                 "sequence_length": windows.shape[1] - 1,
