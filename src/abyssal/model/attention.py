@@ -16,6 +16,7 @@ from abyssal.config import ModelConfig
 from abyssal.model.context import Context
 from abyssal.model.layers import Linear, RMSNorm
 from abyssal.ops.attention import Attention, latent_attention
+from abyssal.ops.rms_norm import Normalise, rms_norm
 from abyssal.ops.rotary import rotate
 
 #: eps of the norms on the latents, fixed in the released modelling code whatever `rms_norm_eps` says.
@@ -83,7 +84,7 @@ class AbsorbedCore:
 class MultiHeadLatentAttention(nn.Module):
     """Attention whose keys and values come from one small latent a token, which is all that is cached."""
 
-    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+    def __init__(self, config: ModelConfig, core: AttentionCore, normalise: Normalise = rms_norm) -> None:
         """Build the projections; `core` is replaced from outside to decode over a cache."""
         super().__init__()
         self.config, self.core = config, core
@@ -92,10 +93,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = Linear(d, heads * config.qk_head_dim)
         else:
             self.q_a_proj = Linear(d, config.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, normalise)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(d, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, normalise)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, d)
 

@@ -10,6 +10,7 @@ import torch
 from abyssal.ops.attention import Attention, attention, blocked_attention, sdpa_attention
 from abyssal.ops.cross_entropy import CrossEntropy, chunked_linear_cross_entropy, linear_cross_entropy
 from abyssal.ops.experts import Experts, expert_ffn, segmented_expert_ffn
+from abyssal.ops.rms_norm import Normalise, lean_rms_norm, rms_norm
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Kernels:
     attention: Attention = attention
     experts: Experts = expert_ffn
     cross_entropy: CrossEntropy = linear_cross_entropy
+    rms_norm: Normalise = rms_norm
 
     def describe(self) -> dict[str, str]:
         """Return the chosen function's name for each operation."""
@@ -32,6 +34,7 @@ VERSIONS: dict[str, tuple[Version, ...]] = {
     "attention": (blocked_attention, sdpa_attention, attention),
     "experts": (segmented_expert_ffn, expert_ffn),
     "cross_entropy": (chunked_linear_cross_entropy, linear_cross_entropy),
+    "rms_norm": (lean_rms_norm, rms_norm),
 }
 
 
