@@ -57,14 +57,13 @@ class Muon(torch.optim.Optimizer):
         *,
         momentum: float,
         weight_decay: float,
-        lr_scale: float = 1.0,
     ) -> None:
-        """Take matrices, or groups of them.
+        """Take matrices, or groups of them, whose `lr` is set before each step.
 
-        Their learning rate is the group's `lr`, set before each step, times `lr_scale`. A group's `parts` says of how
-        many matrices, one above the other, each of its matrices consists (2 for gate_up_proj); 1 if not given.
+        A group's `parts` says of how many matrices, one above the other, each of its matrices consists (2 for
+        gate_up_proj); 1 if not given.
         """
-        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "lr_scale": lr_scale, "parts": 1}
+        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
@@ -72,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         """Update every matrix that has a gradient, in place; `closure` is not supported."""
         assert closure is None, "Muon is stepped after the backward pass, without a closure"
         for group in self.param_groups:
-            lr, alike = group["lr"] * group["lr_scale"], defaultdict[tuple[int, ...], list[Tensor]](list)
+            lr, alike = group["lr"], defaultdict[tuple[int, ...], list[Tensor]](list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     alike[parameter.shape[-2:]].append(parameter)
