@@ -174,14 +174,14 @@ def test_torchs_own_quantised_reader_gives_the_same_weights(
 
     config = wide()
     # it needs an index, so several files; and some weights lie in other files than their scales
-    folder = write(config, random_tensors(config), dtype=torch.float8_e4m3fn, max_shard_bytes=60_000)
+    folder = write(config, random_tensors(config), dtype=torch.float8_e4m3fn, max_shard_bytes=22_000)
     theirs = {spec.name: torch.full(spec.shape, 7.0, dtype=dtype) for spec in released_tensors(config)}
     load(theirs, storage_reader=QuantizedHuggingFaceStorageReader(str(folder), target_dtype=dtype), no_dist=True)
     reader = read_model_directory(folder)[1]
     for name, tensor in theirs.items():
         assert torch.equal(reader.part(name, dtype).to(dtype), tensor), name
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    apart = {has_scales(name) and places[name] != places[f"{name}_scale_inv"] for name in theirs}
+    apart = {places[name] != places[f"{name}_scale_inv"] for name in theirs if has_scales(name)}
     assert apart == {False, True}
 
 
