@@ -17,7 +17,7 @@ from torch import Tensor
 from abyssal.checkpoint.layout import memory_tensors, released_tensors
 from abyssal.checkpoint.model_directory import load_into, read_model_directory
 from abyssal.config import ModelConfig
-from abyssal.errors import ConfigError, ModelDirectoryError
+from abyssal.errors import ModelDirectoryError
 
 #: Widths above 128 that are no multiples of it, so that every kind of edge block occurs.
 WIDE = {
@@ -246,7 +246,7 @@ def test_a_model_that_is_not_finite_is_not_written(
 def test_other_quantisations_are_refused_with_what_is_read(fp8_folder: Path, fields: Any, sentence: str) -> None:
     config = json.loads((fp8_folder / "config.json").read_text())
     (fp8_folder / "config.json").write_text(json.dumps({**config, "quantization_config": fields}))
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ModelDirectoryError, match=sentence):
         read_model_directory(fp8_folder)
 
 

@@ -23,7 +23,7 @@ from abyssal.model import Context
 from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
 
-MUTATIONS = 200
+MUTATIONS, SEED = 200, 4
 #: Fields that a config.json may spell in another way than ours, or that the files of weights decide.
 SPELT_OTHERWISE = {"rope_scaling", "num_nextn_predict_layers"}
 INDEX = "model.safetensors.index.json"
@@ -171,14 +171,13 @@ def as_it_stands(folder: Path) -> dict[str, Tensor]:
 def test_200_random_mutations_end_in_a_sentence_or_in_what_the_directory_says(
     folders: list[Path], tmp_path: Path
 ) -> None:
-    seed = random.SystemRandom().randrange(2**32)
     outcomes = Counter[str]()
     for number in range(MUTATIONS):
-        rng = random.Random(f"{seed} {number}")
+        rng = random.Random(f"{SEED} {number}")
         damage, folder = rng.choice(DAMAGE), tmp_path / "damaged"
         shutil.copytree(rng.choice(folders), folder)
         damage(folder, rng)
-        told = f"seed {seed}, mutation {number}: {damage.__name__}"
+        told = f"seed {SEED}, mutation {number}: {damage.__name__}"
         try:
             config, weights = load(folder)
         except AbyssalError as error:

@@ -235,6 +235,8 @@ class ModelConfig(Frozen):
             if fields[name] is None:
                 fields[name] = 1
         config = cls.parse(fields, source)
+        if config.rope_scaling is not None and config.rope_scaling.factor == 1:  # which changes nothing: see `to_hf`
+            config = config.model_copy(update={"rope_scaling": None})
         if values.get("qk_head_dim") not in (None, config.qk_head_dim):
             raise ConfigError(
                 f"{source}: qk_head_dim={values['qk_head_dim']}: must be qk_nope_head_dim + qk_rope_head_dim = "
@@ -246,15 +248,22 @@ class ModelConfig(Frozen):
         """Return the fields of a Hugging Face `config.json`, with every key that other engines read.
 
         transformers drops `topk_method` and `scoring_func`; without them vLLM fails and llama.cpp takes a softmax gate.
+        Two things are written in the one of their spellings that every engine understands: no YaRN as YaRN by a factor
+        of 1, because vLLM's CPU build computes something else without, and groups of which all are kept as one group,
+        because llama.cpp's converter refuses them. `from_hf` reads the former back as none.
         """
         fields = self.model_dump(exclude={"rope_scaling"})
         fields["num_key_value_heads"] = self.num_attention_heads
-        scaling = None if self.rope_scaling is None else self.rope_scaling.model_dump()
+        if self.topk_group == self.n_group:
+            fields |= {"n_group": 1, "topk_group": 1}
+        scaling = self.rope_scaling or RopeScaling(
+            factor=1.0, original_max_position_embeddings=self.max_position_embeddings, mscale_all_dim=1.0
+        )
         return {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
             **fields,
-            "rope_scaling": scaling,
+            "rope_scaling": scaling.model_dump(),
             **self.FIXED,
             "torch_dtype": dtype,
             "use_cache": True,

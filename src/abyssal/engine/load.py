@@ -53,7 +53,7 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threa
 
     Raises:
         UsageError: an argument that cannot be.
-        ConfigError, DataError, ModelDirectoryError: the directory, a file of it, or how they fit each other.
+        DataError, ModelDirectoryError: the directory, a file of it, or how they fit each other.
     """
     path, place = Path(path), _device(device)
     if dtype != "auto" and dtype not in DTYPES:
