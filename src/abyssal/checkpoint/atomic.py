@@ -120,23 +120,34 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target`; the file written there becomes `target`, flushed to the disk, when the body ends.
+
+    On any exception it is removed, and an older `target` stays as it was.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    staging = target.with_name(f".{target.name}.writing")  # one name, so that a killed run leaves at most one such file
+    try:
+        yield staging
+        _flush(staging)
+        staging.replace(target)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    _flush(target.absolute().parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all, in place of an older one.
 
     Raises:
         OSError: the disk refused; an older file is as it was.
     """
-    staging = path.with_name(f".{path.name}.writing")  # one name, so that a killed run leaves at most one such file
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
-    _flush(path.absolute().parent)
+    with atomic_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def flush_tree(root: Path) -> None:
