@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from abyssal.config.frozen import Frozen
+from abyssal.config.quantization import BlockFP8
 from abyssal.errors import ConfigError
 
 
@@ -192,7 +193,7 @@ class ModelConfig(Frozen):
             raise ConfigError(f"{path}: no such file; a model directory needs a config.json") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number too long to be one
             raise ConfigError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: must hold a JSON object")
@@ -213,6 +214,7 @@ class ModelConfig(Frozen):
         for name, only in cls.FIXED.items():
             if values.get(name, only) not in (only, None):
                 raise ConfigError(f"{source}: {name}={values[name]!r}: only {only!r} is implemented")
+        BlockFP8.from_hf(values, source)  # not of the model's shape: read again by who reads the weights
         fields = cls.HF_DEFAULTS | {
             name: value
             for name, value in values.items()
@@ -268,11 +270,11 @@ def _read_rope(parameters: Any, scaling: Any, fields: dict[str, Any], source: st
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: {name}={values!r}: must be an object")
         rope = dict(values)
-        kinds = {kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None}
-        if len(kinds) > 1:
-            raise ConfigError(f"{source}: {name}: rope_type and type contradict each other: {sorted(kinds)}")
+        kinds = [kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None]
+        if len(kinds) == 2 and kinds[0] != kinds[1]:
+            raise ConfigError(f"{source}: {name}: rope_type={kinds[0]!r} and type={kinds[1]!r} contradict each other")
         read = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
-        kind = kinds.pop() if kinds else "default"
+        kind = kinds[0] if kinds else "default"
         if kind != "default":
             read["rope_scaling"] = {"type": kind, **rope}
         elif rope:
