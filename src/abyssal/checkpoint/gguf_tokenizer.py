@@ -65,8 +65,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     for key, token in FIM_KEYS.items():
         if token in ids:
             writer.add_uint32(key, ids[token])
-    writer.add_add_bos_token(bool(config.get("add_bos_token", True)))
-    writer.add_add_eos_token(bool(config.get("add_eos_token", False)))
+    writer.add_add_bos_token(config.get("add_bos_token") is not False)
+    writer.add_add_eos_token(config.get("add_eos_token") is True)
     writer.add_add_space_prefix(False)
     if template := _template(folder, config):
         writer.add_chat_template(template)
@@ -125,7 +125,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _template(folder: Path, config: dict[str, Any]) -> Any:
-    """Return the chat template: of a file of its own, as newer directories have it, or of tokenizer_config.json."""
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Return the chat template: that of chat_template.jinja, or of tokenizer_config.json without such a file."""
     path = folder / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error})") from None
+    template = config.get("chat_template")
+    if not isinstance(template, str | None):
+        place = folder / "tokenizer_config.json"
+        raise DataError(f"{place}: chat_template must be one text; of several, put the one to use into {path.name}")
+    return template
