@@ -23,8 +23,9 @@ DTYPES = {
     "bf16": (BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-#: Values that are converted at a time, so that memory does not grow with the model: 64 MiB of fp32.
-BLOCK_VALUES = 1 << 24
+#: Values that are converted at a time: 8 MiB of fp32, whatever the size of the model. Larger blocks are slower, as the
+#: allocator then asks the system for new memory each time.
+BLOCK_VALUES = 1 << 21
 
 
 def write_gguf(
@@ -114,8 +115,9 @@ def _blocks(tensor: GgufTensor, reader: ModelReader) -> Iterator[np.ndarray]:
         taken = tensor.take(reader.part(part, torch.float32))
         rows = taken.reshape(-1, taken.shape[-1])
         for block in rows.split(max(1, BLOCK_VALUES // rows.shape[1])):
-            largest, most = block.abs().amax().item(), MOST[tensor.kind]
-            if not largest <= most:  # which NaN is not either
+            low, high = (bound.item() for bound in block.aminmax())  # both NaN where any value is
+            largest, most = max(high, -low), MOST[tensor.kind]
+            if not largest <= most:
                 raise ModelDirectoryError(
                     f"{reader.path}: {part} holds {largest:.3g}; {tensor.kind.name} holds no more than {most:.3g}"
                 )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType
 from gguf.quants import quantize
+from torch.nn import functional
 
 from abyssal.checkpoint.layout import BIAS, DOWN, EMBEDDING, GATE_UP, HEAD, TensorSpec, layer_of, memory_tensors
 from abyssal.config import ModelConfig
@@ -44,7 +45,7 @@ ROUTER = ".mlp.gate.weight"
 F32, BF16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0
 #: The largest value of each; of Q8_0, 127 times the largest scale in fp16.
 MOST = {F32: torch.finfo(torch.float32).max, BF16: torch.finfo(torch.bfloat16).max, Q8_0: 127 * 65504.0}
-#: Below this, values become 0 in Q8_0: the scale of a block of nothing larger would be 0 in fp16 anyway.
+#: Up to this, values become 0 in Q8_0: the scale of a block of nothing larger would be 0 in fp16 anyway.
 Q8_0_LEAST = 1e-30
 
 
@@ -86,8 +87,8 @@ def encode(values: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray:
         return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
     wide = values.to(torch.float32).contiguous()
     if kind == Q8_0:
-        wide = wide.where(wide.abs() >= Q8_0_LEAST, 0.0)  # the package divides by the block's largest value
-        return quantize(wide.numpy(), kind)
+        # the package divides by a block's largest value, and the inverse of a denormal one is not finite
+        return quantize(functional.hardshrink(wide, Q8_0_LEAST).numpy(), kind)
     return wide.numpy()
 
 

@@ -1,0 +1,24 @@
+"""`abyssal convert --to gguf`: one file for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def convert_to_gguf(source: Path, target: Path, dtype: str) -> None:
+    """Write the GGUF file, with progress, and say in what it is less than the model directory."""
+    import time
+
+    from abyssal.checkpoint.gguf_file import write_gguf
+    from abyssal.cli.byte_progress import ByteProgress
+    from abyssal.cli.numbers import byte_size
+
+    begin = time.monotonic()
+    with ByteProgress("converting") as progress:
+        remarks = write_gguf(source, target, dtype=dtype, on_progress=progress.show)
+    size = byte_size(target.stat().st_size)
+    typer.echo(f"{target}: {size}, matrices in {dtype}; {time.monotonic() - begin:.1f} s")
+    for remark in remarks:
+        typer.echo(f"note: {remark}")
