@@ -7,7 +7,7 @@ import torch
 
 from abyssal.checkpoint.layout import memory_tensors
 from abyssal.checkpoint.model_directory import load_into, read_model_directory
-from abyssal.errors import ConfigError, ModelDirectoryError
+from abyssal.errors import ModelDirectoryError
 
 
 def test_all_that_does_not_fit_is_told_before_anything_is_copied(written, tiny, random_tensors, build_module, rewrite):
@@ -212,5 +212,5 @@ def test_missing_parts_of_a_directory_are_named(written, tmp_path):
         read_model_directory(written)
     read_model_directory(written, needs_tokenizer=False)
     (written / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+    with pytest.raises(ModelDirectoryError, match=r"config\.json: no such file"):
         read_model_directory(written)

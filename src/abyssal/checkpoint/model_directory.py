@@ -32,7 +32,7 @@ from abyssal.checkpoint.layout import (
 from abyssal.checkpoint.safetensors_files import FP8, INDEX, SINGLE, Header, TensorFiles, read_headers, save
 from abyssal.config import ModelConfig
 from abyssal.config.quantization import BlockFP8
-from abyssal.errors import CheckpointError, ModelDirectoryError
+from abyssal.errors import CheckpointError, ConfigError, ModelDirectoryError
 from abyssal.ops.block_fp8 import dequantise_blocks, quantise_blocks
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
@@ -97,13 +97,15 @@ def read_model_directory(path: Path, *, needs_tokenizer: bool = True) -> tuple[M
     """Read config.json and the headers of the weight files; tensors are read when the reader is asked for them.
 
     Raises:
-        ConfigError: config.json is missing or is not of an architecture that we implement.
-        ModelDirectoryError: no such directory, no tokenizer.json, or weights that are missing, damaged or of a kind
-            that is not read.
+        ModelDirectoryError: no such directory, a config.json that is missing or of an architecture that we do not
+            implement, no tokenizer.json, or weights that are missing or damaged.
     """
     if not path.is_dir():
         raise ModelDirectoryError(f"{path}: no such model directory")
-    config = ModelConfig.from_json(path / CONFIG)
+    try:
+        config = ModelConfig.from_json(path / CONFIG)
+    except ConfigError as error:  # not the user's own configuration, so no fault of usage
+        raise ModelDirectoryError(str(error)) from None
     if needs_tokenizer and not (path / TOKENIZER_FILES[0]).is_file():
         raise ModelDirectoryError(f"{path / TOKENIZER_FILES[0]}: no such file; a model directory needs its tokenizer")
     return config, ModelReader(path, config)
