@@ -46,10 +46,9 @@ def write_gguf(
 
     Raises:
         UsageError: an unknown `dtype`.
-        ConfigError: config.json is missing or not of an architecture that we implement.
         DataError: the tokenizer is not one that a GGUF file can hold.
-        ModelDirectoryError: the directory is not whole, GGUF cannot say its shape, a value is not finite or too large,
-            something stands at `target`, or the disk refused.
+        ModelDirectoryError: the directory is not whole or of another architecture, GGUF cannot say its shape, a value
+            is not finite or too large, something stands at `target`, or the disk refused.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
