@@ -84,14 +84,14 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     staging = _beside(target, "writing")
     staging.mkdir()
     try:
-        with _locked(staging, needed=False):
+        with locked(staging, needed=False):
             yield staging
             flush_tree(staging)
             _put(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def remove_stale(folder: Path, name: str | None = None) -> None:
@@ -102,7 +102,7 @@ def remove_stale(folder: Path, name: str | None = None) -> None:
     """
     for left in folder.glob(".*.writing-*"):
         if _belongs(left, name) and left.is_dir() and not left.is_symlink():
-            with suppress(OSError), _locked(left):
+            with suppress(OSError), locked(left):
                 shutil.rmtree(left, ignore_errors=True)
     for left in folder.glob(".*.replaced-*"):
         if _belongs(left, name):
@@ -136,18 +136,19 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
-    _flush(path.absolute().parent)
+    flush(path.absolute().parent)
 
 
 def flush_tree(root: Path) -> None:
     """Flush every file and folder under `root` to the disk, the folders after what they hold."""
     for folder, _, files in os.walk(root, topdown=False):
         for file in files:
-            _flush(Path(folder, file))
-        _flush(Path(folder))
+            flush(Path(folder, file))
+        flush(Path(folder))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush one file, or the names in one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -166,7 +167,7 @@ def _belongs(left: Path, name: str | None) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path, *, needed: bool = True) -> Iterator[None]:
+def locked(folder: Path, *, needed: bool = True) -> Iterator[None]:
     """Hold the exclusive lock of a folder, which the system drops when the process ends, however it ends.
 
     Raises:
