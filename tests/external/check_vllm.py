@@ -43,9 +43,6 @@ SHAPE = {
 MODELS = {
     "groups, MTP": {"n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 1},
     "no q_lora, two shared experts": {"q_lora_rank": None, "n_shared_experts": 2},
-    "YaRN of factor 1, in place of none": {
-        "rope_scaling": RopeScaling(factor=1.0, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=1.0)
-    },
     "no YaRN": {"rope_scaling": None},
 }
 

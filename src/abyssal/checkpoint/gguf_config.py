@@ -33,7 +33,7 @@ def unsayable(config: ModelConfig) -> str | None:
     if config.n_routed_experts < 2:
         return f"n_routed_experts={config.n_routed_experts}: llama.cpp needs at least 2"
     rope = config.rope_scaling
-    if rope is None or rope.factor == 1.0:
+    if rope is None:
         return None
     if rope.mscale != rope.mscale_all_dim or rope.mscale_all_dim == 0.0:
         return (

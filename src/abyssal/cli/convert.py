@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -94,7 +94,8 @@ def convert(
         raise UsageError(f"--to {to}: has no scales; leave out --scales-from and --scale-fmt, or convert --to fp8")
     if scales_from is not None and scale_fmt is not ScaleFormat.FLOAT:
         raise UsageError("--scales-from: gives the scales as they are; leave out --scale-fmt")
-    conversion = Conversion(to.value, parse_size(max_shard_size), mtp, scale_fmt is ScaleFormat.UE8M0)
+    directory_format = cast("Literal['bf16', 'fp8', 'fp32']", to.value)  # gguf has returned
+    conversion = Conversion(directory_format, parse_size(max_shard_size), mtp, scale_fmt is ScaleFormat.UE8M0)
     if not (verify and (target / MANIFEST).is_file()):
         _convert(source, target, conversion, workers, scales_from)
     if verify:
