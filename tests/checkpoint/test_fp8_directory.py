@@ -214,6 +214,22 @@ def test_faults_of_fp8_weights_and_scales_are_named_together(fp8_folder: Path, r
     )
 
 
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, 1e37], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_that_gives_no_finite_weight_is_named(
+    fp8_folder: Path, rewrite: Any, dtype: torch.dtype, scale: float
+) -> None:
+    name = "model.layers.2.mlp.experts.1.up_proj.weight_scale_inv"
+
+    def change(stored: dict[str, Tensor]) -> None:
+        stored[name] = stored[name].to(dtype)
+        stored[name][1, 0] = scale
+
+    rewrite(fp8_folder, change)
+    with pytest.raises(ModelDirectoryError, match=rf"with values that are not finite: {name}$"):
+        read_model_directory(fp8_folder)[1].check(values=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
 def test_a_model_that_is_not_finite_is_not_written(
     write: Any, wide: Any, random_tensors: Any, tmp_path: Path, dtype: torch.dtype

@@ -190,7 +190,7 @@ def test_every_kind_of_fault_stands_in_one_report(written, rewrite):
 
     rewrite(written, change)
     with pytest.raises(ModelDirectoryError) as caught:
-        read_model_directory(written)[1].check(values=True)
+        read_model_directory(written)[1].check()
     assert str(caught.value) == (
         f"{written}: the weights do not fit the model; missing: model.norm.weight; surplus: model.other; "
         "of another shape: lm_head.weight ([41, 25] instead of [41, 24]); "

@@ -10,6 +10,7 @@ import torch
 from abyssal.checkpoint.layout import HEAD, SCALE_SUFFIX, TensorSpec, fold, layer_of, scales_of, split_shapes
 from abyssal.checkpoint.safetensors_files import FP8, READABLE, SCALES, Header, printable
 from abyssal.config import ModelConfig
+from abyssal.ops.block_fp8 import FP8_MAX
 
 
 @dataclass(slots=True)
@@ -45,7 +46,13 @@ class Fit:
 
     def read_values(self, get: Callable[[str], torch.Tensor]) -> None:
         """Read the values of everything held and note what is not finite; `get` gives a tensor as it is in its file."""
-        self.not_finite = [name for name in self.parts if not is_finite(get(name))]
+        self.not_finite = []
+        for name in self.parts:
+            tensor = get(name)
+            if name.endswith(SCALE_SUFFIX):  # a scale so large that the largest weight would overflow is none
+                tensor = tensor.to(torch.float32) * FP8_MAX
+            if not is_finite(tensor):
+                self.not_finite.append(name)
 
 
 def compare(
@@ -80,14 +87,12 @@ def compare(
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of any readable type holds no NaN and no infinity."""
+    """Whether a weight of any readable type holds no NaN and no infinity."""
     if tensor.numel() == 0:
         return True
     if tensor.dtype == torch.float8_e4m3fn:  # NaN is 0x7f or 0xff, there is no infinity
         codes = tensor.contiguous().view(torch.uint8)
         return int(codes.max()) < 0xFF and int(codes.view(torch.int8).max()) < 0x7F
-    if tensor.dtype == torch.float8_e8m0fnu:
-        tensor = tensor.to(torch.float32)
     low, high = tensor.aminmax()  # NaN passes through, and this is many times faster than isfinite
     return bool(low.isfinite() & high.isfinite())
 

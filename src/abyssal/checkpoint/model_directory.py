@@ -179,15 +179,19 @@ class ModelReader:
     ) -> list[str]:
         """Refuse files that do not fit; for the arguments see `fit`.
 
+        Where the headers do not fit, the values are read in any case, so that one report names every fault; that takes
+        about as long as loading would have.
+
         Returns:
             The in-memory names that the files hold.
 
         Raises:
-            ModelDirectoryError: names every tensor that is missing, surplus, of another shape or type, and, with
-                `values`, not finite.
+            ModelDirectoryError: names every tensor that is missing, surplus, of another shape or type, or not finite.
         """
         fit = self.fit(shapes, allow_missing_mtp=allow_missing_mtp, values=values)
         if not fit.whole:
+            if not values:
+                fit.read_values(self._files.get)
             raise ModelDirectoryError(f"{self.path}: the weights do not fit the model; {fit.report()}")
         return fit.held
 
