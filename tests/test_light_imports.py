@@ -19,7 +19,7 @@ ALLOWED = {
     "mdurl",
     "pygments",
 }
-HEAVY = {"torch", "numpy", "matplotlib", "jinja2", "tokenizers", "safetensors", "transformers"}
+HEAVY = {"torch", "numpy", "gguf", "matplotlib", "jinja2", "tokenizers", "safetensors", "transformers"}
 PROGRAM = """
 import json, sys, threading
 before = set(sys.modules)
