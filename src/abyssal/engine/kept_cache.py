@@ -22,9 +22,7 @@ class KeptCache:
 
     def __init__(self, model: Transformer) -> None:
         """Hold nothing yet, of a model that is prepared by `use_latent_cache`."""
-        self.cache = ContiguousLatentCache(
-            model.config, 1, dtype=model.compute_dtype, device=model.head_weight.device
-        )
+        self.cache = ContiguousLatentCache(model.config, 1, dtype=model.compute_dtype, device=model.head_weight.device)
         #: What drafts for these texts, once one was generated speculatively.
         self.drafter: MTPDrafter | None = None
         #: Tokens of the newest prompt that did not run again.

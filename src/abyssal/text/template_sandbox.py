@@ -38,13 +38,18 @@ METER = "the meter"
 
 #: Filters that make text of whatever they are given.
 TEXT_FILTERS = frozenset(
-    "capitalize center e escape format forceescape indent join lower pprint replace safe string striptags title "
-    "tojson trim truncate upper urlencode urlize wordcount wordwrap xmlattr".split()
+    (
+        *("capitalize", "center", "e", "escape", "forceescape", "format", "indent", "join", "lower", "pprint"),
+        *("replace", "safe", "string", "striptags", "title", "tojson", "trim", "truncate", "upper", "urlencode"),
+        *("urlize", "wordcount", "wordwrap", "xmlattr"),
+    )
 )
 #: Filters and methods whose result is as long as the product of their arguments, at most.
 GROWING = frozenset(
-    "batch center expandtabs indent ljust rjust round slice to_bytes tojson translate truncate urlize wordwrap "
-    "xmlattr zfill".split()
+    (
+        *("batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "to_bytes", "tojson"),
+        *("translate", "truncate", "urlize", "wordwrap", "xmlattr", "zfill"),
+    )
 )
 #: Filters that may go over their text once for each of its parts.
 QUADRATIC = frozenset(("striptags", "urlize", "wordwrap"))
@@ -127,7 +132,8 @@ def growth(name: str, subject: Any, arguments: Sequence[Any], limit: int) -> int
             return format_units(subject, arguments, limit)
         if name == "replace" and len(arguments) > 1:
             old, new = arguments[:2]
-            places = subject.count(old) if isinstance(old, type(subject)) else len(subject) + 1
+            text, part = (one if isinstance(one, str) else repr(one) for one in (subject, old))
+            places = text.count(part)
             return len(subject) + places * length(new)
     if name == "join":
         return text_units(subject, limit) + (length(subject) + 1) * (16 + sum(length(value) for value in arguments))
@@ -225,7 +231,7 @@ def _meter(context: Context) -> Meter:
     return meter
 
 
-def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _metered(name: str, function: Any) -> Callable[..., Any]:
     """Return a filter or test that pays for its result before it is made."""
     kind = getattr(getattr(function, "jinja_pass_arg", None), "name", None)  # what it wants as its first argument
 
@@ -235,8 +241,12 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name == "join":
             subject = _counted(context, subject)
         meter.spend(STEP + growth(name, subject, [*arguments, *named.values()], meter.left))
-        first = {"context": [context], "eval_context": [context.eval_ctx], "environment": [context.environment]}
-        result = function(*first.get(kind or "", []), subject, *arguments, **named)
+        first: dict[str | None, list[object]] = {
+            "context": [context],
+            "eval_context": [context.eval_ctx],
+            "environment": [context.environment],
+        }
+        result = function(*first.get(kind, []), subject, *arguments, **named)
         meter.spend(length(result))
         return result
 
@@ -263,9 +273,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             finalize=_pay_for_text,
         )
         self.filters["tojson"] = _to_json
-        self.filters = {name: _metered(name, function) for name, function in self.filters.items()}
+        self.filters = {name: _metered(name, filter_) for name, filter_ in self.filters.items()}
         self.filters |= {"pay": _pay, "pay for text": _pay_for_text, "pay for elements": _pay_for_elements}
-        self.tests = {name: _metered("", function) for name, function in self.tests.items()}
+        self.tests = {name: _metered("", test) for name, test in self.tests.items()}
         del self.globals["lipsum"]  # nonsense of any length
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
