@@ -1,14 +1,13 @@
 """A model directory is read only when it is whole and fits."""
 
 import json
-import re
 
 import pytest
 import torch
 
 from abyssal.checkpoint.layout import memory_tensors
 from abyssal.checkpoint.model_directory import load_into, read_model_directory
-from abyssal.errors import ConfigError, ModelDirectoryError
+from abyssal.errors import ModelDirectoryError
 
 
 def test_all_that_does_not_fit_is_told_before_anything_is_copied(written, tiny, random_tensors, build_module, rewrite):
@@ -111,6 +110,12 @@ def test_a_missing_shard_is_named(write, tiny, random_tensors):
     lost.unlink()
     with pytest.raises(ModelDirectoryError, match=rf"{lost.name}: no such file, but model.safetensors.index.json name"):
         read_model_directory(path)
+    for other in path.glob("model-00001-*.safetensors"):
+        other.unlink()
+    with pytest.raises(
+        ModelDirectoryError, match=rf"model-00001-of-\d+\.safetensors: no such file, .* nor {lost.name}"
+    ):
+        read_model_directory(path)
 
 
 def test_an_index_that_does_not_fit_is_told(write, tiny, random_tensors):
@@ -141,22 +146,62 @@ def test_pickles_are_refused_with_the_reason(written):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
-        ("model.layers.0.self_attn.o_proj.weight", torch.zeros(24, 30).to(torch.float8_e4m3fn)),
-        ("model.layers.0.self_attn.o_proj.weight_scale_inv", torch.zeros(1, 1)),
-    ],
+    ("dtype", "letters"), [(torch.int8, "I8"), (torch.float8_e5m2, "F8_E5M2"), (torch.bool, "BOOL")], ids=str
 )
-def test_fp8_weights_are_not_read_yet(written, name, tensor, rewrite):
-    rewrite(written, lambda tensors: tensors.update({name: tensor}))
-    with pytest.raises(ModelDirectoryError, match=rf"{re.escape(name)} belongs to FP8 weights, which are not read yet"):
-        read_model_directory(written)
+def test_weights_of_another_type_are_named_with_those_that_are_read(written, rewrite, dtype, letters):
+    rewrite(written, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(41, 24).to(dtype)}))
+    with pytest.raises(
+        ModelDirectoryError,
+        match=rf"of a type that is not read: lm_head\.weight \({letters}; possible: F64, F32, BF16, F16, F8_E4M3\)",
+    ):
+        read_model_directory(written)[1].check()
 
 
-def test_integer_weights_are_refused(written, rewrite):
-    rewrite(written, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(41, 24, dtype=torch.int8)}))
-    with pytest.raises(ModelDirectoryError, match=r"lm_head\.weight has the type I8, .* possible: F64, F32, BF16, F16"):
-        read_model_directory(written)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_that_are_not_finite_are_all_named_and_nothing_is_copied(
+    written, tiny, random_tensors, build_module, rewrite, dtype, bad
+):
+    places = ["model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"]
+
+    def change(tensors):
+        for name in places:
+            tensors[name] = tensors[name].to(dtype)
+            tensors[name].view(-1)[-1] = bad
+
+    rewrite(written, change)
+    reader = read_model_directory(written)[1]
+    reader.check()  # headers only
+    model = build_module(random_tensors(tiny()))
+    with pytest.raises(ModelDirectoryError) as caught:
+        load_into(model, reader)
+    assert str(caught.value).endswith(f"do not fit the model; with values that are not finite: {', '.join(places)}")
+    assert all((tensor == 7).all() for tensor in model.state_dict().values())
+
+
+def test_every_kind_of_fault_stands_in_one_report(written, rewrite):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.other"] = torch.zeros(2)
+        tensors["lm_head.weight"] = torch.zeros(41, 25)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(29, 24, dtype=torch.int32)
+        for expert in range(4):
+            tensors[f"model.layers.2.mlp.experts.{expert}.down_proj.weight"][3, 5] = torch.nan
+
+    rewrite(written, change)
+    with pytest.raises(ModelDirectoryError) as caught:
+        read_model_directory(written)[1].check()
+    assert str(caught.value) == (
+        f"{written}: the weights do not fit the model; missing: model.norm.weight; surplus: model.other; "
+        "of another shape: lm_head.weight ([41, 25] instead of [41, 24]); "
+        "of a type that is not read: model.layers.0.mlp.up_proj.weight (I32; possible: F64, F32, BF16, F16, F8_E4M3); "
+        "with values that are not finite: model.layers.2.mlp.experts.{0-3}.down_proj.weight"
+    )
+
+
+def test_what_is_not_loaded_may_hold_anything(written, tiny, random_tensors, build_module, rewrite):
+    rewrite(written, lambda tensors: tensors["model.layers.3.embed_tokens.weight"].fill_(torch.nan))
+    load_into(build_module(random_tensors(tiny())), read_model_directory(written)[1])
 
 
 def test_missing_parts_of_a_directory_are_named(written, tmp_path):
@@ -167,5 +212,5 @@ def test_missing_parts_of_a_directory_are_named(written, tmp_path):
         read_model_directory(written)
     read_model_directory(written, needs_tokenizer=False)
     (written / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+    with pytest.raises(ModelDirectoryError, match=r"config\.json: no such file"):
         read_model_directory(written)

@@ -6,6 +6,7 @@ import pytest
 
 from abyssal.config import ModelConfig, RopeScaling
 from abyssal.errors import ConfigError
+from abyssal.plan import count_parameters
 
 SHAPE = {
     "vocab_size": 320,
@@ -83,7 +84,8 @@ def test_transformers_writes_what_we_read_and_reads_what_we_write(yarn, tmp_path
     read = transformers.DeepseekV3Config.from_pretrained(tmp_path)
     assert read.num_key_value_heads == 3
     assert read.rope_parameters["rope_theta"] == 5000.0
-    assert read.rope_parameters["rope_type"] == rope["rope_type"]
+    assert read.rope_parameters["rope_type"] == "yarn"
+    assert (read.rope_parameters["factor"] == 1) is not yarn
     for field, value in SHAPE.items():
         if field != "rope_theta":
             assert getattr(read, field) == value, field
@@ -100,6 +102,158 @@ def test_left_out_fields_take_hugging_faces_defaults():
     for field in sorted(optional - {"rope_theta", "rope_scaling", "num_nextn_predict_layers"}):
         assert getattr(read, field) == getattr(oracle, field), field
     assert read.num_nextn_predict_layers == 0  # no MTP weights are claimed unless the file says so
+
+
+RELEASED = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "kv_lora_rank": 512,
+    "model_type": "deepseek_v3",
+    "moe_layer_freq": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+}
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+V3 = {
+    **RELEASED,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "pretraining_tp": 1,
+    "quantization_config": FP8,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "seq_aux": True,
+    "topk_group": 4,
+    "vocab_size": 129280,
+}
+KIMI_K2 = {
+    **V3,
+    "model_type": "kimi_k2",
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "bos_token_id": 163584,
+    "eos_token_id": 163585,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {**V3["rope_scaling"], "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+MOONLIGHT = {
+    **RELEASED,
+    "bos_token_id": 163584,
+    "eos_token_id": 163585,
+    "pad_token_id": 163838,
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "parameters", "with_mtp"),
+    [
+        (V3, 671_026_419_200, 11_610_068_224),
+        ({**V3, "quantization_config": {**FP8, "scale_fmt": "ue8m0"}}, 671_026_419_200, 11_610_068_224),
+        (KIMI_K2, None, 0),
+        (MOONLIGHT, None, 0),
+    ],
+    ids=["V3 and R1", "V3.1", "Kimi K2", "Moonlight"],
+)
+def test_configs_in_the_style_of_known_releases_are_read(values, parameters, with_mtp):
+    config = ModelConfig.from_hf(values)
+    for field in ModelConfig.model_fields.keys() & values.keys() - {"rope_scaling"}:
+        assert getattr(config, field) == values[field], field
+    scaling = values["rope_scaling"]
+    assert (config.rope_scaling and config.rope_scaling.model_dump()) == scaling
+    count = count_parameters(config)
+    assert count.mtp.total == with_mtp
+    if parameters is not None:
+        assert count.total == parameters
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_kimi_k2_and_moonlight_have_the_sizes_of_their_names():
+    """1T-A32B and 16B-A3B."""
+    kimi, moonlight = (count_parameters(ModelConfig.from_hf(values)) for values in (KIMI_K2, MOONLIGHT))
+    assert (round(kimi.total / 1e12, 1), round(kimi.activated / 1e9)) == (1.0, 33)
+    assert round(moonlight.total / 1e9) == 16
+
+
+def test_groups_of_which_all_are_kept_are_written_as_one():
+    fields = shape(n_group=3, topk_group=3).to_hf()
+    assert (fields["n_group"], fields["topk_group"]) == (1, 1)
+    fields = shape(n_group=3, topk_group=2).to_hf()
+    assert (fields["n_group"], fields["topk_group"]) == (3, 2)
+
+
+def test_no_yarn_is_written_as_yarn_that_changes_nothing_and_read_as_none():
+    config = shape()
+    scaling = config.to_hf()["rope_scaling"]
+    assert (scaling["type"], scaling["factor"], scaling["original_max_position_embeddings"]) == ("yarn", 1.0, 640)
+    same = config.model_copy(update={"rope_scaling": RopeScaling.parse(scaling, "written")})
+    assert same.softmax_scale == config.softmax_scale
+    assert same.rope_scaling.rotary_factor == 1
+    assert ModelConfig.from_hf(config.to_hf()).rope_scaling is None
 
 
 def test_the_keys_that_other_engines_need_are_written():
@@ -129,12 +283,22 @@ def test_the_keys_that_other_engines_need_are_written():
         ),
         (
             {"rope_scaling": {"type": "yarn", "rope_type": "default", **YARN}},
-            "rope_scaling: rope_type and type contradict each other: ['default', 'yarn']",
+            "rope_scaling: rope_type='default' and type='yarn' contradict each other",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
             "rope_parameters: rope_theta=1000000.0 contradicts rope_theta=5000.0",
         ),
+        (
+            {"rope_scaling": {"type": [], "rope_type": {}, **YARN}},
+            "rope_scaling: rope_type={} and type=[] contradict each other",
+        ),
+        ({"n_routed_experts": 10**30}, "n_routed_experts=1000000000000000000000000000000: input should be less than"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000: input should be less than or equal to 10000"),
+        ({"rope_theta": 1}, "rope_theta=1: input should be greater than 1"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "beta_fast": 1e308}}, "rope_scaling.beta_fast=1e+308: input should"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "mscale_all_dim": 1e308}}, "rope_scaling.mscale_all_dim=1e+308: in"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method='awq': only 'fp8' with"),
         ({"vocab_size": "many"}, "vocab_size='many': input should be a valid integer"),
         ({"hidden_size": -8}, "hidden_size=-8: input should be greater than 0"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf: input should be a finite number"),

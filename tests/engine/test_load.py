@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from abyssal.config import ModelConfig
 from abyssal.engine import load_model
-from abyssal.errors import AbyssalError, ConfigError, DataError, ModelDirectoryError, UsageError
+from abyssal.errors import AbyssalError, DataError, ModelDirectoryError, UsageError
 from abyssal.model import AbsorbedCore, Transformer
 from abyssal.text.tokenizer import Tokenizer
 
@@ -159,7 +159,7 @@ def test_impossible_arguments_are_refused_before_anything_is_read(
     ("lost", "kind", "sentence"),
     [
         ("tokenizer.json", ModelDirectoryError, r"tokenizer.json: no such file; a model directory needs its tokenizer"),
-        ("config.json", ConfigError, r"config.json: no such file"),
+        ("config.json", ModelDirectoryError, r"config.json: no such file"),
         ("model.safetensors", ModelDirectoryError, r"no weights to read"),
     ],
 )

@@ -185,8 +185,17 @@ def test_bos_and_eos_are_those_the_config_beside_it_names(tmp_path: Path) -> Non
     config.write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}))
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.bos, loaded.eos, loaded.bos_id, loaded.eos_id) == ("<s>", "</s>", 0, 1)
-    config.write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: not valid JSON"):
+    for text, sentence in (
+        ("{", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"bos_token": {"lstrip": false}}', r"bos_token=\{'lstrip': False\}: must be a token, or an object with its"),
+    ):
+        config.write_text(text)
+        with pytest.raises(DataError, match=rf"tokenizer_config\.json: {sentence}"):
+            Tokenizer.load(tmp_path)
+    config.unlink()
+    config.mkdir()
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: cannot be read \(Is a directory\)"):
         Tokenizer.load(tmp_path)
 
 

@@ -14,11 +14,15 @@ from math import prod
 import torch
 
 from abyssal.config import ModelConfig
+from abyssal.ops.block_fp8 import scale_shape
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 #: The selection bias of the gate, fp32 in every file and every model. Paper: §2.1.2 eq. 16.
 BIAS = "e_score_correction_bias"
+
+#: What a released FP8 weight's name is followed by in the name of its scales, which stand for W = fp8 * scale.
+SCALE_SUFFIX = "_scale_inv"
 
 GATE_UP = ".mlp.experts.gate_up_proj"
 DOWN = ".mlp.experts.down_proj"
@@ -68,6 +72,34 @@ def released_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
             yield spec
         if spec.name.endswith(".shared_head.norm.weight"):
             yield TensorSpec(spec.name.replace(".norm.", ".head."), vocabulary)
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the FP8 release holds the weight `name` in FP8: every projection of attention and feed-forward networks.
+
+    Embeddings, norms, the gate and its bias, `eh_proj` and the heads are never FP8. Paper: §3.3.1.
+    """
+    return re.search(r"\.(self_attn|mlp)\.(.*\.)?\w*_proj(_with_mqa)?\.weight$", name) is not None
+
+
+def scales_of(weight: TensorSpec) -> TensorSpec:
+    """Return name and shape of the scales of a released weight [N, K]."""
+    return TensorSpec(weight.name + SCALE_SUFFIX, scale_shape(weight.shape))
+
+
+def stored_tensors(config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[TensorSpec, torch.dtype]]:
+    """Yield (name and shape, dtype) of every tensor in the files of a model directory that is written in `dtype`.
+
+    With float8_e4m3fn, the weights of `is_quantised` are FP8, each with fp32 scales after it, and the others bf16.
+    """
+    fp8 = dtype == torch.float8_e4m3fn
+    for spec in released_tensors(config):
+        if fp8 and is_quantised(spec.name):
+            yield spec, dtype
+            yield scales_of(spec), torch.float32
+        else:
+            wide = torch.float32 if spec.name.endswith(BIAS) else torch.bfloat16 if fp8 else dtype
+            yield spec, wide
 
 
 def is_experts(name: str) -> bool:

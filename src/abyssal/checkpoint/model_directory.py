@@ -16,23 +16,24 @@ import torch
 from torch import nn
 
 from abyssal.checkpoint.atomic import atomic_directory, free_space_check, os_faults, remove_stale
+from abyssal.checkpoint.fit import Fit, compare, is_finite
 from abyssal.checkpoint.layout import (
     BIAS,
     HEAD,
-    TensorSpec,
+    SCALE_SUFFIX,
     fold,
     join_experts,
-    layer_of,
     memory_tensors,
     mtp_copies,
-    released_tensors,
     split_experts,
     split_names,
-    split_shapes,
+    stored_tensors,
 )
-from abyssal.checkpoint.safetensors_files import INDEX, SINGLE, TensorFiles, read_headers, save
+from abyssal.checkpoint.safetensors_files import FP8, INDEX, SINGLE, Header, TensorFiles, read_headers, save
 from abyssal.config import ModelConfig
-from abyssal.errors import CheckpointError, ModelDirectoryError
+from abyssal.config.quantization import BlockFP8
+from abyssal.errors import CheckpointError, ConfigError, ModelDirectoryError
+from abyssal.ops.block_fp8 import dequantise_blocks, quantise_blocks
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -62,29 +63,29 @@ def write_model_directory(
         path: the directory to appear.
         config: the shape of the model.
         tensors: (in-memory name, tensor) of the whole model, in any order, each once; about a file's worth is held.
-        dtype: what the weights are written in; `e_score_correction_bias` stays fp32.
+        dtype: what the weights are written in; `e_score_correction_bias` stays fp32. With float8_e4m3fn, which weights
+            are FP8 is as released (`is_quantised`), with scales beside them, and the others are bf16.
         tokenizer_files: a folder with tokenizer.json and tokenizer_config.json, or what writes both into a folder.
         card: the text of README.md.
         generation: fields of generation_config.json beside the begin and end tokens.
         max_shard_bytes: the most bytes of tensors in one file; a single larger tensor gets a file of its own.
 
     Raises:
-        ModelDirectoryError: the tensors are not those of `config`, a tokenizer file is missing, `path` holds something
-            else, or the disk refused. What stood at `path` is untouched.
+        ModelDirectoryError: the tensors are not those of `config` or not finite, a tokenizer file is missing, `path`
+            holds something else, or the disk refused. What stood at `path` is untouched.
     """
     _check_replaceable(path)
-    name = str(dtype).removeprefix("torch.")
-    specs = list(released_tensors(config))
+    needed_bytes = sum(spec.numel * stored.itemsize for spec, stored in stored_tensors(config, dtype))
     with os_faults(ModelDirectoryError, path, "write the model directory"):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, path.name)
         try:
-            free_space_check(path, sum(spec.numel for spec in specs) * dtype.itemsize)
+            free_space_check(path, needed_bytes)
         except CheckpointError as error:
             raise ModelDirectoryError(str(error)) from None
         with atomic_directory(path, replace=True) as staging:
             _write_tokenizer(staging, tokenizer_files)
-            _write_json(staging / CONFIG, {**config.to_hf(name), **PRODUCER})
+            _write_json(staging / CONFIG, {**_config_fields(config, dtype), **PRODUCER})
             tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
             tokens = {key: value for key, value in tokens.items() if value is not None}
             _write_json(staging / GENERATION, {**tokens, **(generation or {})})
@@ -96,20 +97,22 @@ def read_model_directory(path: Path, *, needs_tokenizer: bool = True) -> tuple[M
     """Read config.json and the headers of the weight files; tensors are read when the reader is asked for them.
 
     Raises:
-        ConfigError: config.json is missing or is not of an architecture that we implement.
-        ModelDirectoryError: no such directory, no tokenizer.json, or weights that are missing, damaged or of a kind
-            that is not read.
+        ModelDirectoryError: no such directory, a config.json that is missing or of an architecture that we do not
+            implement, no tokenizer.json, or weights that are missing or damaged.
     """
     if not path.is_dir():
         raise ModelDirectoryError(f"{path}: no such model directory")
-    config = ModelConfig.from_json(path / CONFIG)
+    try:
+        config = ModelConfig.from_json(path / CONFIG)
+    except ConfigError as error:  # not the user's own configuration, so no fault of usage
+        raise ModelDirectoryError(str(error)) from None
     if needs_tokenizer and not (path / TOKENIZER_FILES[0]).is_file():
         raise ModelDirectoryError(f"{path / TOKENIZER_FILES[0]}: no such file; a model directory needs its tokenizer")
     return config, ModelReader(path, config)
 
 
 class ModelReader:
-    """The tensors of a model directory under their in-memory names, each read when it is asked for."""
+    """The tensors of a model directory, each read when it is asked for; files are mapped into memory."""
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         """Read the headers of the files in `path`.
@@ -119,99 +122,111 @@ class ModelReader:
         """
         self.path = path
         self.config = config
-        self._headers = read_headers(path)
-        self._files = TensorFiles(self._headers)
+        #: What the files hold, by released name, scales of FP8 weights among them.
+        self.headers: Mapping[str, Header] = read_headers(path)
+        self._files = TensorFiles(self.headers)
 
     def __contains__(self, name: str) -> bool:
         """Whether the files hold the whole of the in-memory tensor `name`."""
-        return all(part in self._headers for part in split_names(name, self.config.n_routed_experts))
+        return all(part in self.headers for part in split_names(name, self.config.n_routed_experts))
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (in-memory name, tensor) of every tensor of `config` that the files hold, in the model's order."""
         return ((spec.name, self.tensor(spec.name)) for spec in memory_tensors(self.config) if spec.name in self)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one in-memory tensor in the dtype of its file; it may share the file's memory: do not write to it."""
-        return join_experts(name, self.config.n_routed_experts, self._files.get)
+        """Return one in-memory tensor in the dtype of its file, FP8 weights as bf16.
+
+        It may share the file's memory: do not write to it.
+        """
+        return join_experts(name, self.config.n_routed_experts, lambda part: self.part(part, torch.bfloat16))
+
+    def part(self, name: str, dequantised: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        """Return one released tensor on `device`, none for the CPU; FP8 weights become `dequantised`.
+
+        Any other weight keeps the dtype of its file; on the CPU it shares the file's memory: do not write to it.
+        """
+        tensor = self._files.get(name).to(device)
+        if self.headers[name].dtype != FP8:
+            return tensor
+        return dequantise_blocks(tensor, self._files.get(name + SCALE_SUFFIX).to(device), dequantised)
+
+    def fit(
+        self,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        allow_missing_mtp: bool = False,
+        values: bool = False,
+    ) -> Fit:
+        """Return what is wrong with the files for a model of these in-memory names and shapes, without one `config`'s.
+
+        With `allow_missing_mtp`, MTP layers of which the files hold nothing may be missing. With `values`, everything
+        that would be loaded is read, to find what is not finite; otherwise headers only.
+        """
+        if shapes is None:
+            shapes = {spec.name: spec.shape for spec in memory_tensors(self.config)}
+        fit = compare(self.headers, self.config, shapes, allow_missing_mtp=allow_missing_mtp)
+        if values:
+            fit.read_values(self._files.get)
+        return fit
 
     def check(
-        self, shapes: Mapping[str, tuple[int, ...]] | None = None, *, allow_missing_mtp: bool = False
+        self,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        allow_missing_mtp: bool = False,
+        values: bool = False,
     ) -> list[str]:
-        """Compare the files with a model of these in-memory names and shapes, without one with `config`.
+        """Refuse files that do not fit; for the arguments see `fit`.
 
-        With `allow_missing_mtp`, MTP layers of which the files hold nothing may be missing.
+        Where the headers do not fit, the values are read in any case, so that one report names every fault; that takes
+        about as long as loading would have.
 
         Returns:
             The in-memory names that the files hold.
 
         Raises:
-            ModelDirectoryError: names every tensor that is missing, surplus or of another shape.
+            ModelDirectoryError: names every tensor that is missing, surplus, of another shape or type, or not finite.
         """
-        if shapes is None:
-            shapes = {spec.name: spec.shape for spec in memory_tensors(self.config)}
-        wanted = [TensorSpec(name, tuple(shape)) for name, shape in shapes.items()]
-        surplus = {name for name in self._headers if not self._needless(name)}
-        in_files = {layer_of(name) for name in surplus}
-        held, missing, misshaped = [], [], {}
-        for spec in wanted:
-            layer = layer_of(spec.name)
-            if allow_missing_mtp and layer not in in_files and self._is_mtp(layer):
-                continue
-            held.append(spec.name)
-            for part in split_shapes(spec.name, spec.shape):
-                header = self._headers.get(part.name)
-                surplus.discard(part.name)
-                if header is None:
-                    missing.append(part.name)
-                elif header.shape != part.shape:
-                    misshaped[part.name] = f"{list(header.shape)} instead of {list(part.shape)}"
-        faults = {
-            "missing": fold(missing),
-            "surplus": fold(sorted(surplus)),
-            "of another shape": _fold_shapes(misshaped),
-        }
-        if sentences := [f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names]:
-            raise ModelDirectoryError(f"{self.path}: the weights do not fit the model; {'; '.join(sentences)}")
-        return held
-
-    def _is_mtp(self, layer: int | None) -> bool:
-        return layer is not None and layer >= self.config.num_hidden_layers
-
-    def _needless(self, name: str) -> bool:
-        """Whether a tensor of the files is one that a model computes or has elsewhere: copies, RoPE's frequencies."""
-        if name == HEAD:
-            return self.config.tie_word_embeddings
-        copy = self._is_mtp(layer_of(name)) and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
-        return copy or name.endswith(".rotary_emb.inv_freq")
+        fit = self.fit(shapes, allow_missing_mtp=allow_missing_mtp, values=values)
+        if not fit.whole:
+            if not values:
+                fit.read_values(self._files.get)
+            raise ModelDirectoryError(f"{self.path}: the weights do not fit the model; {fit.report()}")
+        return fit.held
 
 
 def load_into(
     model: nn.Module, reader: ModelReader, dtype: torch.dtype | None = None, *, allow_missing_mtp: bool = False
 ) -> list[str]:
-    """Copy a model directory's tensors into `model`, after all names and shapes have been compared.
+    """Copy a model directory's tensors into `model`, after all names, shapes, types and values have been looked at.
 
     With a `dtype` the parameters become that (`e_score_correction_bias` fp32), without one they keep theirs. A tensor
-    of the model that is on the meta device or changes its dtype is replaced by a new one, others are filled in place.
+    of the model that is on the meta device or changes its dtype is replaced by a new one, others are filled in place,
+    experts one by one; FP8 weights are dequantised to what they become, on its device.
 
     Returns:
         The in-memory names that were loaded; without the MTP layers that `allow_missing_mtp` let pass.
 
     Raises:
-        ModelDirectoryError: names every tensor that is missing, surplus or of another shape; `model` is as it was.
+        ModelDirectoryError: names every tensor that is missing, surplus, of another shape or type, or not finite;
+            `model` is as it was.
     """
     targets = dict(model.state_dict(keep_vars=True))
     if reader.config.tie_word_embeddings:
         targets.pop(HEAD, None)
-    held = reader.check({name: tuple(t.shape) for name, t in targets.items()}, allow_missing_mtp=allow_missing_mtp)
+    shapes = {name: tuple(target.shape) for name, target in targets.items()}
+    held = reader.check(shapes, allow_missing_mtp=allow_missing_mtp, values=True)
     with torch.no_grad():
         for name in held:
-            target, tensor = targets[name], reader.tensor(name)
+            target = targets[name]
             wanted = target.dtype if dtype is None else torch.float32 if name.endswith(BIAS) else dtype
             if target.is_meta or target.dtype != wanted:
-                device = tensor.device if target.is_meta else target.device
-                _replace(model, name, target, tensor.to(device, wanted, copy=True))
-            else:
-                target.copy_(tensor)
+                target = torch.empty_like(target, dtype=wanted, device="cpu" if target.is_meta else target.device)
+            for part, view in split_experts(name, target):
+                view.copy_(reader.part(part, wanted, target.device))
+            if target is not targets[name]:
+                _replace(model, name, targets[name], target)
     return held
 
 
@@ -221,15 +236,6 @@ def _replace(model: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) 
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     setattr(model.get_submodule(owner), leaf, new)
-
-
-def _fold_shapes(faults: Mapping[str, str]) -> list[str]:
-    """Return `name (fault)` with names folded that have the same fault."""
-    return [f"{name} ({fault})" for fault in dict.fromkeys(faults.values()) for name in fold(_having(faults, fault))]
-
-
-def _having(faults: Mapping[str, str], fault: str) -> list[str]:
-    return [name for name, own in faults.items() if own == fault]
 
 
 # Writing
@@ -273,6 +279,13 @@ def _write_tokenizer(staging: Path, tokenizer: Tokenizer) -> None:
             raise ModelDirectoryError(f"{name}: the tokenizer did not write this file; a model directory needs it")
 
 
+def _config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the fields of config.json; the FP8 release, too, names bf16 as its dtype."""
+    if dtype == torch.float8_e4m3fn:
+        return {**config.to_hf("bfloat16"), "quantization_config": BlockFP8().to_hf()}
+    return config.to_hf(str(dtype).removeprefix("torch."))
+
+
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -283,21 +296,39 @@ def _released(
     """Yield (released name, tensor to write) for a whole model; refuse one that is not whole.
 
     Raises:
-        ModelDirectoryError: a tensor is unknown, given twice or of another shape, or, at the end, missing.
+        ModelDirectoryError: a tensor is unknown, given twice or of another shape, or, at the end, missing or not
+            finite.
     """
     missing = {spec.name: spec.shape for spec in memory_tensors(config)}
+    stored = {spec.name: stored for spec, stored in stored_tensors(config, dtype)}
+    not_finite = []
     for name, tensor in tensors:
         if name not in missing:
             raise ModelDirectoryError(f"{path}: {name}: not a tensor of this model, or given twice")
         if tuple(tensor.shape) != (shape := missing.pop(name)):
             raise ModelDirectoryError(f"{path}: {name} is {list(tensor.shape)} instead of {list(shape)}")
-        tensor = tensor.detach().to("cpu", torch.float32 if name.endswith(BIAS) else dtype)
-        for released, part in split_experts(name, tensor):
-            yield released, part.contiguous()
-        for copy in mtp_copies(name, config):
-            yield copy, tensor.clone(memory_format=torch.contiguous_format)  # a file's tensors may not share memory
+        for released, part in split_experts(name, tensor.detach()):
+            for stored_name, value in _encode(released, part, stored[released]):
+                if not is_finite(value):
+                    not_finite.append(stored_name)
+                yield stored_name, value
+                # a file's tensors may not share memory
+                copies = mtp_copies(name, config)
+                yield from ((copy, value.clone()) for copy in copies)
     if missing:
         raise ModelDirectoryError(f"{path}: the model to write lacks {', '.join(fold(missing))}")
+    if not_finite:
+        raise ModelDirectoryError(f"{path}: the model to write is not finite in {', '.join(fold(not_finite))}")
+
+
+def _encode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a released weight in `dtype` on the CPU and, if that is FP8, its scales."""
+    if dtype == torch.float8_e4m3fn:
+        fp8, scale = quantise_blocks(tensor)
+        yield name, fp8.cpu()
+        yield name + SCALE_SUFFIX, scale.cpu()
+    else:
+        yield name, tensor.to("cpu", dtype).contiguous()
 
 
 def _write_shards(staging: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:

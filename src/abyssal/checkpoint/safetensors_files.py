@@ -18,7 +18,10 @@ from abyssal.checkpoint.atomic import os_faults
 from abyssal.errors import ModelDirectoryError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-READABLE = ("F64", "F32", "BF16", "F16")
+#: Types of weights in safetensors' letters; FP8 has scales beside it, `SCALES` are theirs.
+READABLE = ("F64", "F32", "BF16", "F16", "F8_E4M3")
+FP8 = "F8_E4M3"
+SCALES = ("F32", "BF16", "F8_E8M0")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -35,8 +38,8 @@ def read_headers(folder: Path) -> dict[str, Header]:
     """Read the headers of all files of a model directory, in the order of the files; no tensor is read.
 
     Raises:
-        ModelDirectoryError: no safetensors (or pickles in place of them), a file missing, truncated or not safetensors,
-            an index that does not fit its files, or weights of a type that is not read.
+        ModelDirectoryError: no safetensors (or pickles in place of them), files missing, truncated or not safetensors,
+            or an index that does not fit its files.
     """
     with os_faults(ModelDirectoryError, folder, "read the model directory"):
         files, placed = _files(folder)
@@ -45,18 +48,12 @@ def read_headers(folder: Path) -> dict[str, Header]:
             for name, header in _file_headers(file).items():
                 if placed is None or placed.get(name, file.name) == file.name:
                     headers[name] = header
-    for name, place in (placed or {}).items():
-        if name not in headers:
-            raise ModelDirectoryError(f"{folder / INDEX}: says that {name} is in {place}, but it is not")
-    for name, header in headers.items():
-        if name.endswith("weight_scale_inv") or header.dtype.startswith("F8_"):
-            raise ModelDirectoryError(
-                f"{folder}: {name} belongs to FP8 weights, which are not read yet; use a bf16 copy of this model"
-            )
-        if header.dtype not in READABLE:
-            raise ModelDirectoryError(
-                f"{header.file}: {name} has the type {header.dtype}, which is not read; possible: {', '.join(READABLE)}"
-            )
+    if placed is not None and (lost := placed.keys() - headers.keys()):
+        name = min(lost)
+        more = f", and {len(lost) - 1} more like it" if len(lost) > 1 else ""
+        raise ModelDirectoryError(
+            f"{folder / INDEX}: says that {printable(name)} is in {printable(placed[name])}, but it is not{more}"
+        )
     return headers
 
 
@@ -76,6 +73,11 @@ class TensorFiles:
                 self._open[file] = _opened(file)
             tensor: torch.Tensor = self._open[file].get_tensor(name)
         return tensor
+
+
+def printable(name: str) -> str:
+    """Return a name out of a file so that it can be printed: escaped where a damaged file made it unprintable."""
+    return name if name.isprintable() else ascii(name)
 
 
 def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -109,12 +111,17 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         placed = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelDirectoryError(f"{index}: not an index of safetensors files (no JSON with a weight_map)") from None
-    for name in dict.fromkeys(placed.values()):
+    names = sorted(set(placed.values()))
+    for name in names:
         if Path(name).name != name:
             raise ModelDirectoryError(f"{index}: names {name!r}; a weight file must be in the same folder")
-        if not (folder / name).is_file():
-            raise ModelDirectoryError(f"{folder / name}: no such file, but {INDEX} names it; download it again")
-    return [folder / name for name in sorted(set(placed.values()))], placed
+    if missing := [printable(name) for name in names if not (folder / name).is_file()]:
+        raise ModelDirectoryError(
+            f"{folder / missing[0]}: no such file, but {INDEX} names it"
+            + (f", nor {', '.join(missing[1:])}" if missing[1:] else "")
+            + "; download what is missing again"
+        )
+    return [folder / name for name in names], placed
 
 
 def _file_headers(file: Path) -> dict[str, Header]:

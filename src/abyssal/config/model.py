@@ -10,7 +10,12 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from abyssal.config.frozen import Frozen
+from abyssal.config.quantization import BlockFP8
 from abyssal.errors import ConfigError
+
+#: Bounds far above every model, which keep a damaged config.json from naming what could only be counted for hours.
+MOST_LAYERS = MOST_EXPERTS = 10_000
+MOST_POSITIONS = 10**12
 
 
 class RopeScaling(Frozen):
@@ -18,11 +23,11 @@ class RopeScaling(Frozen):
 
     type: Literal["yarn"] = "yarn"
     factor: float = Field(ge=1.0)
-    original_max_position_embeddings: PositiveInt
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    mscale: float = Field(default=1.0, ge=0.0)
-    mscale_all_dim: float = Field(default=0.0, ge=0.0)
+    original_max_position_embeddings: int = Field(ge=1, le=MOST_POSITIONS)
+    beta_fast: float = Field(default=32.0, ge=1e-6, le=1e6)
+    beta_slow: float = Field(default=1.0, ge=1e-6, le=1e6)
+    mscale: float = Field(default=1.0, ge=0.0, le=1e6)
+    mscale_all_dim: float = Field(default=0.0, ge=0.0, le=1e6)
 
     def attention_factor(self, weight: float) -> float:
         """Return 0.1 * weight * ln(factor) + 1, YaRN's magnitude correction m."""
@@ -45,15 +50,15 @@ class ModelConfig(Frozen):
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     moe_intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_nextn_predict_layers: int = Field(default=0, ge=0)
+    num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS)
+    num_nextn_predict_layers: int = Field(default=0, ge=0, le=MOST_LAYERS)
     num_attention_heads: PositiveInt
     q_lora_rank: PositiveInt | None = None
     kv_lora_rank: PositiveInt
     qk_nope_head_dim: PositiveInt
     qk_rope_head_dim: PositiveInt
     v_head_dim: PositiveInt
-    n_routed_experts: PositiveInt
+    n_routed_experts: int = Field(ge=1, le=MOST_EXPERTS)
     n_shared_experts: PositiveInt = 1
     num_experts_per_tok: PositiveInt
     n_group: PositiveInt = 1
@@ -61,8 +66,8 @@ class ModelConfig(Frozen):
     norm_topk_prob: bool = True
     routed_scaling_factor: PositiveFloat = 1.0
     first_k_dense_replace: int = Field(default=0, ge=0)
-    max_position_embeddings: PositiveInt
-    rope_theta: PositiveFloat = 10000.0
+    max_position_embeddings: int = Field(ge=1, le=MOST_POSITIONS)
+    rope_theta: float = Field(default=10000.0, gt=1.0)
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: PositiveFloat = 1e-6
     initializer_range: PositiveFloat = 0.02
@@ -192,7 +197,7 @@ class ModelConfig(Frozen):
             raise ConfigError(f"{path}: no such file; a model directory needs a config.json") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number too long to be one
             raise ConfigError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: must hold a JSON object")
@@ -213,6 +218,7 @@ class ModelConfig(Frozen):
         for name, only in cls.FIXED.items():
             if values.get(name, only) not in (only, None):
                 raise ConfigError(f"{source}: {name}={values[name]!r}: only {only!r} is implemented")
+        BlockFP8.from_hf(values, source)  # not of the model's shape: read again by who reads the weights
         fields = cls.HF_DEFAULTS | {
             name: value
             for name, value in values.items()
@@ -229,6 +235,8 @@ class ModelConfig(Frozen):
             if fields[name] is None:
                 fields[name] = 1
         config = cls.parse(fields, source)
+        if config.rope_scaling is not None and config.rope_scaling.factor == 1:  # which changes nothing: see `to_hf`
+            config = config.model_copy(update={"rope_scaling": None})
         if values.get("qk_head_dim") not in (None, config.qk_head_dim):
             raise ConfigError(
                 f"{source}: qk_head_dim={values['qk_head_dim']}: must be qk_nope_head_dim + qk_rope_head_dim = "
@@ -240,15 +248,22 @@ class ModelConfig(Frozen):
         """Return the fields of a Hugging Face `config.json`, with every key that other engines read.
 
         transformers drops `topk_method` and `scoring_func`; without them vLLM fails and llama.cpp takes a softmax gate.
+        Two things are written in the one of their spellings that every engine understands: no YaRN as YaRN by a factor
+        of 1, because vLLM's CPU build computes something else without, and groups of which all are kept as one group,
+        because llama.cpp's converter refuses them. `from_hf` reads the former back as none.
         """
         fields = self.model_dump(exclude={"rope_scaling"})
         fields["num_key_value_heads"] = self.num_attention_heads
-        scaling = None if self.rope_scaling is None else self.rope_scaling.model_dump()
+        if self.topk_group == self.n_group:
+            fields |= {"n_group": 1, "topk_group": 1}
+        scaling = self.rope_scaling or RopeScaling(
+            factor=1.0, original_max_position_embeddings=self.max_position_embeddings, mscale_all_dim=1.0
+        )
         return {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
             **fields,
-            "rope_scaling": scaling,
+            "rope_scaling": scaling.model_dump(),
             **self.FIXED,
             "torch_dtype": dtype,
             "use_cache": True,
@@ -268,11 +283,11 @@ def _read_rope(parameters: Any, scaling: Any, fields: dict[str, Any], source: st
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: {name}={values!r}: must be an object")
         rope = dict(values)
-        kinds = {kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None}
-        if len(kinds) > 1:
-            raise ConfigError(f"{source}: {name}: rope_type and type contradict each other: {sorted(kinds)}")
+        kinds = [kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None]
+        if len(kinds) == 2 and kinds[0] != kinds[1]:
+            raise ConfigError(f"{source}: {name}: rope_type={kinds[0]!r} and type={kinds[1]!r} contradict each other")
         read = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
-        kind = kinds.pop() if kinds else "default"
+        kind = kinds[0] if kinds else "default"
         if kind != "default":
             read["rope_scaling"] = {"type": kind, **rope}
         elif rope:

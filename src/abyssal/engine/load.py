@@ -70,7 +70,7 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threa
 
     Raises:
         UsageError: an argument that cannot be.
-        ConfigError, DataError, ModelDirectoryError: the directory, a file of it, or how they fit each other.
+        DataError, ModelDirectoryError: the directory, a file of it, or how they fit each other.
     """
     path, place = Path(path), _device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -81,6 +81,7 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threa
         torch.set_num_threads(threads)
     config, reader = read_model_directory(path)
     config = _with_modules_in_files(config, reader)
+    reader.check(allow_missing_mtp=True)  # before memory is taken for a model that the files do not have
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelDirectoryError(

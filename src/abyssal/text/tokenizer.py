@@ -225,11 +225,18 @@ def _sentence_borders(config: Path) -> tuple[str, str]:
         fields: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return BOS, EOS
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{config}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{config}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{config}: must hold a JSON object")
 
     def name(field: str, default: str) -> str:
         token = fields.get(field) or default
-        return str(token["content"] if isinstance(token, dict) else token)
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str):
+            raise DataError(f"{config}: {field}={token!r}: must be a token, or an object with its content")
+        return content
 
     return name("bos_token", BOS), name("eos_token", EOS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import tomli_w
 import torch
 
 from abyssal.checkpoint.model_directory import write_model_directory
@@ -15,6 +17,9 @@ from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
 from abyssal.train.evaluation import Score
 from abyssal.train.progress import Progress
+
+#: What the model card leaves out of the recipe: places on the machine that the run was on.
+PLACES: Any = {"init_from": True, "tokenizer": {"path"}, "data": {"corpus", "sources", "folder"}}
 
 
 def export_model(
@@ -43,12 +48,14 @@ def export_model(
 
 
 def model_card(config: RunConfig, progress: Progress, score: Score | None) -> str:
-    """Return the README.md of a model directory: what it is, how it was made, what was measured."""
+    """Return the README.md of a model directory: what it is, how it was made, what was measured, and the recipe."""
     count = count_parameters(config.model)
+    recipe = tomli_w.dumps(config.model_dump(exclude_none=True, exclude=PLACES))
     measured = (
         "not measured"
         if score is None
-        else f"{score.bits_per_byte:.4f} bits per byte on {score.bytes:,} bytes of validation documents"
+        else f"{score.bits_per_byte:.4f} bits per byte ({score.loss:.4f} nats a token) on {score.bytes:,} bytes of "
+        "validation documents"
     )
     return f"""---
 library_name: abyssal
@@ -68,4 +75,11 @@ pipeline_tag: text-generation
 | seed | {config.seed} |
 
 Made with Abyssal. The output is what so small a model learned in that time: it may be wrong, and it repeats its data.
+
+## Recipe
+
+As it was resolved for the run, without the places of its data.
+
+```toml
+{recipe}```
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
-from abyssal.config import RunConfig
+from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError
 from abyssal.machine.describe import available_cores
 from abyssal.machine.memory import keep_freed_memory
@@ -54,7 +54,8 @@ def open_initial_weights(config: RunConfig) -> ModelReader | None:
         return None
     found, reader = read_model_directory(Path(config.init_from))
     free = {"max_position_embeddings", "rope_scaling", "initializer_range", "num_nextn_predict_layers"}
-    ours, theirs = (model.model_dump(exclude=free) for model in (config.model, found))
+    written = (ModelConfig.from_hf(model.to_hf()) for model in (config.model, found))  # one spelling for both
+    ours, theirs = (model.model_dump(exclude=free) for model in written)
     different = [f"{name}={ours[name]!r} (there {theirs[name]!r})" for name in ours if ours[name] != theirs[name]]
     if different:
         raise ConfigError(
