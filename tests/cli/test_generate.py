@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -146,3 +147,54 @@ def test_speculation_without_mtp_modules_is_refused(model_folder: Path, capsys: 
 def test_fewer_drafts_than_one_are_refused(model_folder: Path, capsys: Capture) -> None:
     assert main(["generate", str(model_folder), "--prompt", "x", "--drafts", "0"]) == 2
     assert "drafts=0: must be at least 1" in capsys.readouterr().err
+
+
+def test_a_suffix_makes_a_gap_that_the_model_fills(model_folder: Path, capsys: Capture) -> None:
+    loaded = load_model(model_folder)
+    ids = loaded.tokenizer.encode_document
+    special = [loaded.tokenizer.encode(name)[0] for name in ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")]
+    prompt = [0, special[0], *ids("def f<｜User｜>"), special[1], *ids("return é"), special[2]]
+    parameters = SamplingParameters(12, temperature=0)
+    wanted = "".join(chunk.text for chunk in stream_text(loaded, prompt, parameters))
+    options = ["--prompt", "def f<｜User｜>", "--suffix", "return é", "--temperature", "0", "--max-new-tokens", "12"]
+    assert main(["generate", str(model_folder), *options]) == 0
+    out, err = capsys.readouterr()
+    assert out == wanted
+    assert err.startswith(f"{len(prompt)} prompt tokens")
+    assert main(["generate", str(model_folder), *options, "--no-bos"]) == 0
+    assert capsys.readouterr().err.startswith(f"{len(prompt) - 1} prompt tokens")
+
+
+@pytest.mark.parametrize("ending", ["eos", "stop"])
+def test_the_middle_ends_where_a_text_does(model_folder: Path, capsys: Capture, ending: str) -> None:
+    """At the token that ends documents, which is made of one that comes up, and at a stop string."""
+    loaded = load_model(model_folder)
+    tokens = [
+        chunk.token.id
+        for chunk in stream_text(loaded, loaded.encode_gap("a", "b"), SamplingParameters(20, temperature=0))
+    ]
+    place = next(place for place in range(1, 20) if tokens[place] not in tokens[:place])
+    middle = loaded.tokenizer.decode(tokens[:place], skip_special=False)
+    options = ["--prompt", "a", "--suffix", "b", "--temperature", "0", "--max-new-tokens", "20"]
+    if ending == "eos":
+        path = model_folder / "generation_config.json"
+        path.write_text(json.dumps({"eos_token_id": tokens[place]}))
+    else:
+        stop = loaded.tokenizer.decode(tokens[:20])[3:5]
+        middle = loaded.tokenizer.decode(tokens[:20])
+        middle = middle[: middle.index(stop)]
+        options += ["--stop", stop]
+    assert main(["generate", str(model_folder), *options]) == 0
+    out, err = capsys.readouterr()
+    assert out == middle
+    assert err.endswith(f"ended by {'the model' + chr(39) + 's end token' if ending == 'eos' else 'a stop string'}\n")
+
+
+def test_a_suffix_needs_a_tokenizer_that_knows_gaps(model_folder: Path, capsys: Capture) -> None:
+    path = model_folder / "tokenizer.json"
+    text = path.read_text(encoding="utf-8").replace("<｜fim▁hole｜>", "<｜fim▁pit｜>")
+    path.write_text(text, encoding="utf-8")
+    assert main(["generate", str(model_folder), "--prompt", "a", "--suffix", "b"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "suffix: this model's tokenizer lacks <｜fim▁hole｜>, so it was not trained to fill a gap" in err

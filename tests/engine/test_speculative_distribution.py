@@ -31,12 +31,21 @@ class TokenCache:
         assert sequence == 0
         del self.fed[length:]
 
+    def reserve(self, capacity_tokens: int) -> None:
+        """Has room for any number of them."""
+
 
 class GuessingDrafter:
     """Drafts the most probable token of the main model itself, so that many a draft is accepted."""
 
     def __init__(self, *_: Any) -> None:
         self.ids: list[int] = []
+
+    def reusable(self, prompt_ids: list[int]) -> int:
+        return 0
+
+    def rewind(self, length: int, capacity_tokens: int) -> None:
+        assert length == 0 == len(self.ids)
 
     def extend(self, tokens: list[int], hidden: torch.Tensor) -> None:
         self.ids += tokens
@@ -109,7 +118,7 @@ def test_the_joint_distribution_of_tokens_is_unchanged_at_temperature_1(
 
     monkeypatch.setattr(module, "run_pass", run_pass)
     monkeypatch.setattr(module, "_logits", lambda _, hidden: hidden)
-    monkeypatch.setattr(module, "ContiguousLatentCache", TokenCache)
+    monkeypatch.setattr(import_module("abyssal.engine.kept_cache"), "ContiguousLatentCache", TokenCache)
     monkeypatch.setattr(module, "MTPDrafter", GuessingDrafter)
     monkeypatch.setattr(SamplingParameters, "generator", lambda _: shared)
     for ids, logits in table.items():

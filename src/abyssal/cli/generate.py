@@ -1,48 +1,44 @@
-"""`abyssal generate`: continue a prompt with a model directory."""
+"""`abyssal generate`: continue a prompt with a model directory, or fill the gap before a suffix."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abyssal.errors import DataError
+from abyssal.cli.generation import (
+    Printing,
+    asked_speculation,
+    end_line_on_terminal,
+    given_sampling,
+    sampling_of,
+    utf8,
+)
+from abyssal.cli.generation_options import (
+    Device,
+    Drafts,
+    DType,
+    Model,
+    Speculate,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 
 if TYPE_CHECKING:
-    from abyssal.engine import FinishReason, SamplingParameters, Speculation
-    from abyssal.engine.generation_config import GenerationDefaults
+    from abyssal.engine import LoadedModel, SamplingParameters
 
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL_DIR", help="A folder with config.json, safetensors and tokenizer.json.")
-]
 Prompt = Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")]
+Suffix = Annotated[
+    str | None, typer.Option(help="Text behind the gap: write what belongs between the prompt and it (PSM).")
+]
 MaxNewTokens = Annotated[
     int | None, typer.Option(help="Add at most so many tokens.", show_default="the model's, else 128")
 ]
-Temperature = Annotated[
-    float | None,
-    typer.Option(help="Divides the logits; 0 takes the likeliest token.", show_default="the model's, else 0.6"),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Keep the likeliest tokens that reach this probability.", show_default="the model's, else 0.95"),
-]
-TopK = Annotated[
-    int | None, typer.Option(help="Keep so many of the likeliest tokens; 0: all.", show_default="the model's, else 0")
-]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default="a new one")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
-DType = Annotated[str, typer.Option(help="auto (bfloat16 where the files hold 16 bits), float32 or bfloat16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>.")]
-Speculate = Annotated[bool, typer.Option("--speculate", help="Let the MTP modules draft; the text stays the same.")]
-Drafts = Annotated[
-    int | None,
-    typer.Option(help="Tokens to draft a pass; implies --speculate.", show_default="the number of MTP modules"),
-]
 Bos = Annotated[bool, typer.Option("--bos/--no-bos", help="Whether the prompt starts with the BOS token.")]
 
 
@@ -50,6 +46,7 @@ def generate(
     model: Model,
     *,
     prompt: Prompt,
+    suffix: Suffix = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -58,6 +55,7 @@ def generate(
     stop: Stop = None,
     dtype: DType = "auto",
     device: Device = "cpu",
+    threads: Threads = None,
     bos: Bos = True,
     speculate: Speculate = False,
     drafts: Drafts = None,
@@ -69,69 +67,39 @@ def generate(
         abyssal generate runs/demo/model --prompt 'class Stack:'
         abyssal generate runs/demo/model --prompt - --stop 'def ' < main.py
         abyssal generate runs/demo/model --prompt 'import os' --speculate
+        abyssal generate runs/demo/model --prompt 'def area(r):' --suffix 'return a'
     """
     from abyssal.cli.model_argument import refuse_run_folder
-    from abyssal.engine import SamplingParameters, load_model, new_token_limit, speculation_for, stream_text
+    from abyssal.engine import load_model, stream_text
 
-    asked = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-        "stop": tuple(stop) if stop else None,
-    }
-    given = {name: value for name, value in asked.items() if value is not None}
-    SamplingParameters(**given)  # type: ignore[arg-type] # refuse a bad option before minutes of loading
+    given = given_sampling(
+        stop, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
     refuse_run_folder(model)
-    text = _standard_input() if prompt == "-" else prompt
-    loaded = load_model(model, dtype=dtype, device=device)
-    speculation = speculation_for(loaded.config, drafts) if speculate or drafts is not None else None
-    parameters = _with_defaults(loaded.defaults, given)
-    prompt_ids = loaded.encode_prompt(text, bos=bos)
-    limit = new_token_limit(loaded.config, len(prompt_ids), parameters.max_new_tokens)
+    text = utf8(sys.stdin.buffer.read()) if prompt == "-" else prompt
+    loaded = load_model(model, dtype=dtype, device=device, threads=threads)
+    speculation = asked_speculation(loaded, speculate, drafts)
+    parameters = sampling_of(loaded, given)
+    prompt_ids = loaded.encode_prompt(text, bos=bos) if suffix is None else loaded.encode_gap(text, suffix, bos=bos)
+    _say_if_short(loaded, len(prompt_ids), parameters)
+    printing = Printing(len(prompt_ids))
+    printing.show(stream_text(loaded, prompt_ids, parameters, speculation))
+    end_line_on_terminal()
+    typer.echo(printing.summary(speculation), err=True)
+
+
+def _say_if_short(loaded: LoadedModel, prompt_tokens: int, parameters: SamplingParameters) -> None:
+    """Say that fewer tokens than asked for fit behind the prompt.
+
+    Raises:
+        UsageError: none fits.
+    """
+    from abyssal.engine import new_token_limit
+
+    limit = new_token_limit(loaded.config, prompt_tokens, parameters.max_new_tokens)
     if limit < parameters.max_new_tokens:
         typer.echo(
             f"note: max_new_tokens={parameters.max_new_tokens}: only {limit} tokens fit behind a prompt of "
-            f"{len(prompt_ids)} (max_position_embeddings={loaded.config.max_position_embeddings})",
+            f"{prompt_tokens} (max_position_embeddings={loaded.config.max_position_embeddings})",
             err=True,
         )
-    times = [time.perf_counter()]
-    for chunk in stream_text(loaded, prompt_ids, parameters, speculation):
-        typer.echo(chunk.text, nl=False)  # flushes
-        times.append(time.perf_counter())
-    if sys.stdout.isatty():
-        typer.echo(err=True)  # the text need not end its line
-    typer.echo(_summary(len(prompt_ids), times, chunk.finish_reason, speculation), err=True)
-
-
-def _with_defaults(defaults: GenerationDefaults, given: Mapping[str, object]) -> SamplingParameters:
-    """Return what was given, with the model's own values for the rest, and say what of those is not followed."""
-    from dataclasses import replace
-
-    for note in defaults.notes:
-        typer.echo(f"note: {note}", err=True)
-    return replace(defaults.parameters, **given)  # type: ignore[arg-type]
-
-
-def _standard_input() -> str:
-    """Return all of standard input, which must be UTF-8."""
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"standard input: byte {error.start} is not UTF-8; convert the text first") from None
-
-
-def _summary(
-    prompt_tokens: int, times: list[float], reason: FinishReason | None, speculation: Speculation | None
-) -> str:
-    """Return a line on what was generated, and one on its drafts; `times` [s]: the start's, each new token's."""
-    new = len(times) - 1
-    rate = f" at {(new - 1) / (times[-1] - times[1]):.1f} tokens/s" if new > 1 else ""
-    ends = {"eos": "the model's end token", "stop": "a stop string", "length": "its length", None: "nothing"}
-    drafts = f"\nspeculation: {speculation}" if speculation else ""
-    return (
-        f"{prompt_tokens} prompt tokens in {times[1] - times[0]:.2f} s, {new} new tokens{rate}; ended by {ends[reason]}"
-        f"{drafts}"
-    )

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from abyssal import __version__
+from abyssal.cli.chat import chat
 from abyssal.cli.convert import convert
 from abyssal.cli.demo import demo
 from abyssal.cli.doctor import doctor
@@ -26,7 +27,7 @@ from abyssal.errors import AbyssalError, Stopped
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 app = typer.Typer(name="abyssal", add_completion=False, pretty_exceptions_enable=False)
-for command in (demo, train, generate, report, prepare, inspect, convert, recipes, doctor):
+for command in (demo, train, generate, chat, report, prepare, inspect, convert, recipes, doctor):
     app.command()(command)
 plan = typer.Typer(name="plan", help="What runs and layouts cost: pipeline schedules, the placement of experts.")
 plan.command()(schedule)

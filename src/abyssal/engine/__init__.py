@@ -1,6 +1,8 @@
 """From a model directory to a stream of tokens and text, over the latent cache."""
 
+from abyssal.engine.conversation import Conversation
 from abyssal.engine.generate import GeneratedToken, generate, new_token_limit, use_latent_cache
+from abyssal.engine.kept_cache import KeptCache
 from abyssal.engine.latent_cache import ContiguousLatentCache
 from abyssal.engine.load import LoadedModel, load_model
 from abyssal.engine.sampling import SamplingParameters, sample
@@ -10,8 +12,10 @@ from abyssal.engine.text_stream import Chunk, FinishReason, TextStream, stream_t
 __all__ = [
     "Chunk",
     "ContiguousLatentCache",
+    "Conversation",
     "FinishReason",
     "GeneratedToken",
+    "KeptCache",
     "LoadedModel",
     "SamplingParameters",
     "Speculation",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from abyssal.config import ModelConfig
+from abyssal.engine.kept_cache import KeptCache
 from abyssal.engine.latent_cache import ContiguousLatentCache
 from abyssal.engine.sampling import SamplingParameters, sample
 from abyssal.errors import ModelDirectoryError, UsageError
@@ -56,26 +57,31 @@ def new_token_limit(config: ModelConfig, prompt_tokens: int, max_new_tokens: int
 
 
 def generate(
-    model: Transformer, prompt_ids: Sequence[int], parameters: SamplingParameters, eos_ids: Collection[int] = ()
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    parameters: SamplingParameters,
+    eos_ids: Collection[int] = (),
+    kept: KeptCache | None = None,
 ) -> Iterator[GeneratedToken]:
     """Yield the tokens that follow a prompt, each as soon as it is chosen.
 
     The last one is the first of `eos_ids` that comes up, or the one with which `new_token_limit` is reached. Stop
-    strings are not looked at here, since they are a matter of text. Each call has a cache of its own, so several may
-    run by turns on one model. The same seed gives the same tokens.
+    strings are not looked at here, since they are a matter of text. Each call has a cache of its own unless it is given
+    one, so several may run by turns on one model. The same seed gives the same tokens.
 
     Args:
         model: prepared by `use_latent_cache`; not changed.
         prompt_ids: at least one token.
         parameters: see there.
         eos_ids: tokens that end the text.
+        kept: what earlier calls left; the part of it that this prompt begins with is not run again.
 
     Raises:
         UsageError: when called: an empty or too long prompt, or an id that the model does not have.
         ModelDirectoryError: while iterating: the logits are not finite.
     """
     limit = check_prompt(model, prompt_ids, parameters)
-    return _continue(model, prompt_ids, parameters, frozenset(eos_ids), limit)
+    return _continue(model, prompt_ids, parameters, frozenset(eos_ids), limit, kept or KeptCache(model))
 
 
 def check_prompt(model: Transformer, prompt_ids: Sequence[int], parameters: SamplingParameters) -> int:
@@ -94,20 +100,24 @@ def check_prompt(model: Transformer, prompt_ids: Sequence[int], parameters: Samp
 
 
 def _continue(
-    model: Transformer, prompt_ids: Sequence[int], parameters: SamplingParameters, eos_ids: frozenset[int], limit: int
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    parameters: SamplingParameters,
+    eos_ids: frozenset[int],
+    limit: int,
+    kept: KeptCache,
 ) -> Iterator[GeneratedToken]:
     """Yield up to `limit` tokens; see `generate`."""
     device = model.head_weight.device
-    capacity = len(prompt_ids) + limit - 1  # the last token is never fed back
-    cache = ContiguousLatentCache(model.config, capacity, dtype=model.compute_dtype, device=device)
     generator = parameters.generator()
-    pending = torch.tensor(prompt_ids, device=device)
+    pending = prompt_ids[kept.resume(prompt_ids, len(prompt_ids) + limit - 1) :]  # the last token is never fed back
     for _ in range(limit):
-        token = choose(next_logits(model, pending, cache), parameters, generator)
+        kept.note(pending)
+        token = choose(next_logits(model, torch.tensor(pending, device=device), kept.cache), parameters, generator)
         yield token
         if token.id in eos_ids:
             return
-        pending = torch.tensor([token.id], device=device)
+        pending = [token.id]
 
 
 @torch.inference_mode()

@@ -27,11 +27,15 @@ NEUTRAL = frozenset(
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Sampling parameters for requests that name none, the tokens that end a text, and what was not understood."""
+    """Sampling parameters for requests that name none, the tokens that end a text, and what was not understood.
+
+    `named` are the parameters that the file itself names; the others are our own.
+    """
 
     parameters: SamplingParameters = field(default_factory=SamplingParameters)
     eos_ids: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+    named: frozenset[str] = frozenset()
 
 
 def read_generation_defaults(folder: Path, config: ModelConfig) -> GenerationDefaults:
@@ -61,7 +65,8 @@ def read_generation_defaults(folder: Path, config: ModelConfig) -> GenerationDef
         raise ModelDirectoryError(f"{path}: {error}") from None
     strange = [name for name in values if name not in NEUTRAL and name not in SAMPLING and values[name] is not None]
     notes = tuple(f"{path}: {name}={values[name]!r} is not implemented and has no effect" for name in strange)
-    return GenerationDefaults(parameters, _end_tokens(path, values.get("eos_token_id"), config), notes)
+    end_tokens = _end_tokens(path, values.get("eos_token_id"), config)
+    return GenerationDefaults(parameters, end_tokens, notes, frozenset(fields))
 
 
 def _end_tokens(path: Path, value: object, config: ModelConfig) -> frozenset[int]:

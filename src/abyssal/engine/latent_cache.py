@@ -65,6 +65,16 @@ class ContiguousLatentCache:
         """Bytes of the allocated slots, full or not."""
         return self._storage.nbytes
 
+    def reserve(self, capacity_tokens: int) -> None:
+        """Have room for at least `capacity_tokens` tokens in each sequence; what is held stays."""
+        if capacity_tokens <= self.capacity_tokens:
+            return
+        layers, sequences, _, width = self._storage.shape
+        storage = self._storage.new_empty(layers, sequences, capacity_tokens, width)
+        held = max(self._lengths)
+        storage[:, :, :held] = self._storage[:, :, :held]
+        self._storage = storage
+
     def begin(self, new_tokens: Sequence[int]) -> Context:
         """Announce a forward pass and return its context.
 

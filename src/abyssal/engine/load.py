@@ -15,6 +15,7 @@ from abyssal.engine.generation_config import GenerationDefaults, read_generation
 from abyssal.errors import ModelDirectoryError, UsageError, nearest
 from abyssal.model import Transformer
 from abyssal.ops.kernels import choose_kernels
+from abyssal.text.fim import FillInTheMiddle, missing_tokens
 from abyssal.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,6 +40,22 @@ class LoadedModel:
         ids = self.tokenizer.encode(text)
         first = self.tokenizer.bos_id
         return ids if not bos or first is None or ids[:1] == [first] else [first, *ids]
+
+    def encode_gap(self, prefix: str, suffix: str, *, bos: bool = True) -> list[int]:
+        """Return the ids after which the model writes what belongs between two texts, with one BOS first if `bos`.
+
+        As in training, a special token spelt in either text is nothing but characters.
+
+        Raises:
+            UsageError: the tokenizer lacks the tokens for it.
+        """
+        if missing := missing_tokens(self.tokenizer):
+            raise UsageError(
+                f"suffix: this model's tokenizer lacks {', '.join(missing)}, so it was not trained to fill a gap; "
+                "generate without a suffix, or take a model that was trained with fill-in-the-middle"
+            )
+        ids, first = FillInTheMiddle(self.tokenizer).prompt(prefix, suffix), self.tokenizer.bos_id
+        return ids if not bos or first is None else [first, *ids]
 
 
 def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threads: int | None = None) -> LoadedModel:

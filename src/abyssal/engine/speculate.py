@@ -18,6 +18,7 @@ from torch import Tensor
 
 from abyssal.config import ModelConfig
 from abyssal.engine.generate import PREFILL_TOKENS, GeneratedToken, check_prompt, choose, run_pass
+from abyssal.engine.kept_cache import KeptCache, shared_length
 from abyssal.engine.latent_cache import ContiguousLatentCache
 from abyssal.engine.sampling import SamplingParameters
 from abyssal.errors import UsageError
@@ -108,6 +109,23 @@ class MTPDrafter:
         self._settled = 0  # entries that every module holds, from tokens of the sequence alone
         self._hidden = torch.empty(0, model.config.hidden_size, dtype=dtype, device=device)  # of the entries after them
 
+    def reusable(self, prompt_ids: Sequence[int]) -> int:
+        """Return how many entries came of tokens that `prompt_ids` begins with, so that `rewind` can go back there."""
+        shared = shared_length(self._tokens, prompt_ids)
+        return min(self._settled, max(shared - len(self._modules), 0))
+
+    def rewind(self, length: int, capacity_tokens: int) -> None:
+        """Go back to the first `length` tokens, at most what is `reusable`, with room for `capacity_tokens` entries.
+
+        What comes next is the main model's output at the place behind them.
+        """
+        for cache in self._caches:
+            cache.truncate(0, length)
+            cache.reserve(capacity_tokens)
+        del self._tokens[length:]
+        self._settled = length
+        self._hidden = self._hidden[:0]
+
     @torch.inference_mode()
     def extend(self, tokens: Sequence[int], hidden: Tensor) -> None:
         """Take further tokens of the sequence, and further outputs of the main model.
@@ -176,6 +194,7 @@ def generate_speculatively(
     parameters: SamplingParameters,
     eos_ids: Collection[int],
     speculation: Speculation,
+    kept: KeptCache | None = None,
 ) -> Iterator[GeneratedToken]:
     """Yield the tokens that `generate` yields, several of them for a pass of the main model.
 
@@ -185,13 +204,15 @@ def generate_speculatively(
         parameters: see there; drafts do not depend on them.
         eos_ids: tokens that end the text.
         speculation: how much to draft; its counts grow.
+        kept: what earlier calls left, the caches of the MTP modules among it.
 
     Raises:
         UsageError: when called: an empty or too long prompt, or an id that the model does not have.
         ModelDirectoryError: while iterating: the logits are not finite.
     """
     limit = check_prompt(model, prompt_ids, parameters)
-    return _continue(model, prompt_ids, parameters, frozenset(eos_ids), limit, speculation)
+    kept = kept or KeptCache(model)
+    return _continue(model, prompt_ids, parameters, frozenset(eos_ids), limit, speculation, kept)
 
 
 def _continue(
@@ -201,14 +222,18 @@ def _continue(
     eos_ids: frozenset[int],
     limit: int,
     speculation: Speculation,
+    kept: KeptCache,
 ) -> Iterator[GeneratedToken]:
     """Yield up to `limit` tokens; see `generate_speculatively`."""
     capacity = len(prompt_ids) + limit - 1  # the last token is never fed back, and no draft stands behind it
     device = model.head_weight.device
-    cache = ContiguousLatentCache(model.config, capacity, dtype=model.compute_dtype, device=device)
-    drafter = MTPDrafter(model, capacity)
+    cache = kept.cache
+    drafter = kept.drafter = kept.drafter or MTPDrafter(model, capacity)
+    start = kept.resume(prompt_ids, capacity, drafter.reusable(prompt_ids))
+    drafter.rewind(start, capacity)
     generator = parameters.generator()
-    for part in torch.tensor(prompt_ids, device=device).split(PREFILL_TOKENS):
+    for part in torch.tensor(prompt_ids[start:], device=device).split(PREFILL_TOKENS):
+        kept.note(part.tolist())
         hidden = run_pass(model, part, cache)  # [t, D]
         drafter.extend(part.tolist(), hidden)
     token = choose(_logits(model, hidden[-1:])[0], parameters, generator)
@@ -217,6 +242,7 @@ def _continue(
     left = 0 if token.id in eos_ids else limit - 1
     while left:
         drafts = drafter.draft(min(speculation.num_drafts, left - 1))
+        kept.note([token.id, *drafts])
         hidden = run_pass(model, torch.tensor([token.id, *drafts], device=device), cache)  # [1 + drafts, D]
         speculation.count_pass(len(drafts))
         sampled: list[int] = []

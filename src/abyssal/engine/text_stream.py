@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abyssal.engine.generate import GeneratedToken, generate, new_token_limit
+from abyssal.engine.kept_cache import KeptCache
 from abyssal.engine.load import LoadedModel
 from abyssal.engine.sampling import SamplingParameters
 from abyssal.engine.speculate import Speculation, generate_speculatively
@@ -53,16 +54,19 @@ def stream_text(
     prompt_ids: Sequence[int],
     parameters: SamplingParameters,
     speculation: Speculation | None = None,
+    kept: KeptCache | None = None,
 ) -> Iterator[Chunk]:
     """Yield the continuation of a prompt, one chunk a token; with drafts if there is a `speculation`, which counts.
+
+    What `kept` holds of the prompt's beginning is not run again.
 
     Raises:
         UsageError, ModelDirectoryError: as `generate` does.
     """
     if speculation is None:
-        tokens = generate(loaded.model, prompt_ids, parameters, loaded.eos_ids)
+        tokens = generate(loaded.model, prompt_ids, parameters, loaded.eos_ids, kept)
     else:
-        tokens = generate_speculatively(loaded.model, prompt_ids, parameters, loaded.eos_ids, speculation)
+        tokens = generate_speculatively(loaded.model, prompt_ids, parameters, loaded.eos_ids, speculation, kept)
     limit = new_token_limit(loaded.config, len(prompt_ids), parameters.max_new_tokens)
     return _chunks(loaded, tokens, parameters.stop, limit)
 

@@ -8,6 +8,13 @@ from abyssal.errors import DataError
 from abyssal.text.special_tokens import FIM_BEGIN, FIM_END, FIM_HOLE
 from abyssal.text.tokenizer import Tokenizer
 
+TOKENS = (FIM_BEGIN, FIM_HOLE, FIM_END)
+
+
+def missing_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Return which of the three tokens `tokenizer` lacks."""
+    return [name for name in TOKENS if not tokenizer.has(name)]
+
 
 class FillInTheMiddle:
     """Token ids of documents in the order prefix, suffix, middle, and back."""
@@ -18,14 +25,12 @@ class FillInTheMiddle:
         Raises:
             DataError: the tokenizer lacks one of them.
         """
-        names = (FIM_BEGIN, FIM_HOLE, FIM_END)
-        missing = [name for name in names if not tokenizer.has(name)]
-        if missing:
+        if missing := missing_tokens(tokenizer):
             raise DataError(
                 f"data.fim_rate: must be 0 with this tokenizer, which lacks {', '.join(missing)}; add them to it"
             )
         self._tokenizer = tokenizer
-        self.begin_id, self.hole_id, self.end_id = (tokenizer.encode(name)[0] for name in names)
+        self.begin_id, self.hole_id, self.end_id = (tokenizer.encode(name)[0] for name in TOKENS)
 
     def encode(self, text: str, first: int, second: int) -> list[int]:
         """Return begin, prefix, hole, suffix, end, middle; the middle is text[first:second].
@@ -36,8 +41,12 @@ class FillInTheMiddle:
             second: where the suffix begins, first <= second <= len(text).
         """
         prefix, middle, suffix = text[:first], text[first:second], text[second:]
+        return [*self.prompt(prefix, suffix), *self._tokenizer.encode_document(middle)]
+
+    def prompt(self, prefix: str, suffix: str) -> list[int]:
+        """Return begin, prefix, hole, suffix, end: what a model is given to write the middle, which EOS then ends."""
         encode = self._tokenizer.encode_document
-        return [self.begin_id, *encode(prefix), self.hole_id, *encode(suffix), self.end_id, *encode(middle)]
+        return [self.begin_id, *encode(prefix), self.hole_id, *encode(suffix), self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the document, whether it was rearranged or not; BOS and EOS are left out."""
