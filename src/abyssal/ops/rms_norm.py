@@ -41,7 +41,8 @@ class _LeanRMSNorm(torch.autograd.Function):
         factor = mean_square.add_(eps).rsqrt_()  # [..., 1]
         normed = (h * factor).to(x.dtype)
         ctx.save_for_backward(normed, factor, weight)
-        return normed * weight.to(x.dtype)
+        y: Tensor = normed * weight.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
