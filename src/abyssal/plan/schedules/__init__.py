@@ -1,0 +1,28 @@
+"""Pipeline schedules as data: built, checked, simulated, drawn. The trainer executes the same tables."""
+
+from abyssal.plan.schedules.catalogue import SCHEDULES, NamedSchedule, build_schedule
+from abyssal.plan.schedules.check import check_schedule
+from abyssal.plan.schedules.simulate import Costs, Span, Timeline, peak_activations, simulate
+from abyssal.plan.schedules.table import Action, Cell, Kind, Message, Pair, Result, Schedule, ScheduleError, Step, Value
+
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Cell",
+    "Costs",
+    "Kind",
+    "Message",
+    "NamedSchedule",
+    "Pair",
+    "Result",
+    "Schedule",
+    "ScheduleError",
+    "Span",
+    "Step",
+    "Timeline",
+    "Value",
+    "build_schedule",
+    "check_schedule",
+    "peak_activations",
+    "simulate",
+]
