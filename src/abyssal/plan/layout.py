@@ -32,12 +32,17 @@ class Layout:
     micro_batch_size: int = 1
     precision: Precision = "fp8"
     recompute: Recompute = "published"
-    overlap: bool = True  # all-to-all under computation, where the schedule pairs passes
+    overlap: bool | None = None  # all-to-all under computation; none: where the schedule pairs passes
 
     @property
     def num_stages(self) -> int:
         """Into how many stages the model is cut."""
         return self.pp_size * {"interleaved": self.stages_per_rank, "dualpipev": 2}.get(self.schedule, 1)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether computation hides the all-to-all of another micro-batch."""
+        return self.schedule in PAIRED if self.overlap is None else self.overlap
 
     @property
     def stages_of_ranks(self) -> list[list[int]]:
@@ -63,7 +68,8 @@ class Layout:
         degrees = "".join(f" {name}{n}" for name, n in (("TP", self.tp_size), ("CP", self.cp_size)) if n > 1)
         rest = "" if self.recompute == "published" else f", recompute {self.recompute}"
         rest += f", {self.micro_batch_size} sequences a micro-batch" if self.micro_batch_size > 1 else ""
-        rest += "" if self.overlap or self.schedule not in PAIRED else ", no overlap"
+        if self.overlap is not None and self.overlap != (self.schedule in PAIRED):
+            rest += ", overlap" if self.overlap else ", no overlap"
         return (
             f"{self.schedule} PP{self.pp_size}{interleaved} EP{self.ep_size}{degrees}, {self.precision}{rest}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -35,7 +36,7 @@ class Found:
     """What a search came to."""
 
     ranked: tuple[StepPlan, ...]  # the fastest first
-    slower: int  # that fit, but were estimated slower than those ranked
+    fitting: tuple[Layout, ...]  # all that fit, those ranked among them, by estimated time
     refused: tuple[Refused, ...]
 
 
@@ -112,7 +113,7 @@ def search(
     plans = [plan_step(run, cluster, layout, calibration) for _, layout in estimates[:SIMULATED]]
     fitting = [plan for plan in plans if memory_fault(plan.layout, plan.memory, memory_limit) is None]
     ranked = tuple(sorted(fitting, key=lambda plan: plan.seconds))
-    return Found(ranked, len(estimates) - len(plans), tuple(refused.values()))
+    return Found(ranked, tuple(layout for _, layout in estimates), tuple(refused.values()))
 
 
 def estimate(layout: Layout, pipeline: PipelineCosts, portions: int) -> float:
@@ -136,3 +137,17 @@ def check_micro_batches(layout: Layout, portions: int) -> None:
         raise UsageError(f"{portions} micro-batches on {size} ranks: DualPipeV takes at least {2 * size}")
     if layout.schedule == "interleaved" and portions % size:
         raise UsageError(f"{portions} micro-batches on {size} ranks: interleaved 1F1B takes a multiple of {size}")
+
+
+def nearest_fitting(
+    run: RunConfig, cluster: Cluster, wanted: Layout, calibration: Calibration, memory_limit: float
+) -> Layout | None:
+    """Return the layout most like `wanted` among those that fit; the fastest of equally near ones."""
+    found = search(run, cluster, wanted, calibration, memory_limit)
+    degrees = ("pp_size", "ep_size", "tp_size")
+
+    def distance(layout: Layout) -> float:
+        apart = sum(abs(math.log2(getattr(layout, name) / getattr(wanted, name))) for name in degrees)
+        return apart + (layout.schedule != wanted.schedule) + (layout.recompute != wanted.recompute)
+
+    return min(found.fitting, key=distance, default=None)

@@ -55,16 +55,27 @@ class PipelineCosts:
     stages: tuple[Stage, ...]
     costs: tuple[BlockCost, ...]
     blocks: dict[str, BlockCost]  # one layer, MTP module or use of the head, by `KINDS`
-    overlapped: bool  # whether pairs hide communication
+    paired: bool  # whether the schedule pairs passes
+    overlapped: bool  # whether computation hides communication
     stretch: float  # 1 + exposed and imbalance
 
     def simulated(self) -> Costs:
-        """Return what the simulation asks for: seconds of each pass of each stage, and of pairs."""
+        """Return what the simulation asks for: seconds of each pass of each stage, and of pairs.
+
+        Where computation hides communication without pairs in the table, every pass is charged as in a steady state,
+        half of what a forward and a backward pass leave exposed.
+        """
+        steady = self.overlapped and not self.paired
+        passes = [c.paired if steady else c.alone for c in self.costs]
+        exposed = [
+            max(0.0, c.communication - (c.paired.forward + c.paired.backward) / 2) if steady else c.communication
+            for c in self.costs
+        ]
         return Costs(
-            forward=[self.stretch * (c.alone.forward + c.communication) for c in self.costs],
-            backward_input=[self.stretch * (c.alone.input_gradient + c.communication) for c in self.costs],
-            backward_weight=[self.stretch * c.alone.weight_gradient for c in self.costs],
-            overlapped=self.pair if self.overlapped else None,
+            forward=[self.stretch * (p.forward + e) for p, e in zip(passes, exposed, strict=True)],
+            backward_input=[self.stretch * (p.input_gradient + e) for p, e in zip(passes, exposed, strict=True)],
+            backward_weight=[self.stretch * p.weight_gradient for p in passes],
+            overlapped=self.pair if self.paired and self.overlapped else None,
         )
 
     def pair(self, forward: int, backward: int) -> float:
@@ -109,14 +120,15 @@ def block_costs(work: Work, chip: Chip, calibration: Calibration) -> dict[str, B
 def pipeline_costs(work: Work, blocks: dict[str, BlockCost], calibration: Calibration) -> PipelineCosts:
     """Cut the model into stages and return what each costs for one micro-batch, given `block_costs`."""
     layout = work.layout
-    paired = layout.overlap and layout.schedule in PAIRED
-    times = {
-        name: blocks[kind].paired.forward + blocks[kind].paired.backward + (0 if paired else 2 * blocks[kind].communication)
-        for name, kind in (("layer", "moe"), ("mtp", "mtp"), ("head", "heads"))
-    }
+    hidden = layout.overlaps
+    times = {}
+    for name, kind in (("layer", "moe"), ("mtp", "mtp"), ("head", "heads")):
+        block = blocks[kind]
+        times[name] = block.paired.forward + block.paired.backward + (0.0 if hidden else 2 * block.communication)
     stages = tuple(assign_stages(layout, work.model, times))
     costs = tuple(sum(_blocks_of(stage, blocks), BlockCost()) for stage in stages)
-    return PipelineCosts(stages, costs, blocks, paired, 1.0 + calibration.exposed_and_imbalance)
+    stretch = 1.0 + calibration.exposed_and_imbalance
+    return PipelineCosts(stages, costs, blocks, layout.schedule in PAIRED, hidden, stretch)
 
 
 def _blocks_of(stage: Stage, blocks: dict[str, BlockCost]) -> Iterator[BlockCost]:

@@ -18,6 +18,8 @@ from abyssal.plan.steps import batches
 from abyssal.plan.traffic import Traffic, reduce_traffic, stage_traffic
 
 HOUR = 3600.0
+#: What a device sends bytes for, in the order of `StepPlan.traffic`.
+TRAFFIC = ("layers", "stages", "gradients and weights")
 #: Bytes an optimizer step moves for a parameter of its shard: gradient read, master and moments read and written.
 UPDATE_BYTES = 4 + 2 * (4 + 4) + 2
 
