@@ -14,6 +14,8 @@ from abyssal.cli.demo import demo
 from abyssal.cli.doctor import doctor
 from abyssal.cli.generate import generate
 from abyssal.cli.inspect import inspect
+from abyssal.cli.plan_experts import experts
+from abyssal.cli.plan_schedule import schedule
 from abyssal.cli.prepare import prepare
 from abyssal.cli.recipes import recipes
 from abyssal.cli.report import report
@@ -25,6 +27,10 @@ INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 app = typer.Typer(name="abyssal", add_completion=False, pretty_exceptions_enable=False)
 for command in (demo, train, generate, report, prepare, inspect, recipes, doctor):
     app.command()(command)
+plan = typer.Typer(name="plan", help="What runs and layouts cost: pipeline schedules, the placement of experts.")
+plan.command()(schedule)
+plan.command()(experts)
+app.add_typer(plan)
 
 
 def _print_version(wanted: bool) -> None:

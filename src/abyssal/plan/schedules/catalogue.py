@@ -9,7 +9,6 @@ from functools import lru_cache
 from abyssal.errors import UsageError, nearest
 from abyssal.plan.schedules.dualpipe import dualpipe, dualpipe_v
 from abyssal.plan.schedules.one_forward_one_backward import interleaved, one_forward_one_backward
-from abyssal.plan.schedules.simulate import Costs
 from abyssal.plan.schedules.table import Schedule
 from abyssal.plan.schedules.zero_bubble import zb1p
 
@@ -21,9 +20,9 @@ Bubble = Callable[[int, float, float, float, float], float]
 class NamedSchedule:
     """A schedule as users ask for it, with what Table 2 says of its bubble and its memory.
 
-    `bubble_formula` and `activations_formula` are texts in P, the ranks, and S, the stages; in Table 2 PP is the number
-    of stages, which is that of the ranks in all of its three rows. `activations(ranks, stages)` is in chunks of one
-    stage, on the rank that holds most.
+    `bubble_formula` and `activations_formula` are texts in P, the ranks, and S, the stages; all three rows of Table 2
+    have S = P = PP. `bubble(ranks, F, B, W, F&B)` is in the unit of one stage's times, `activations(ranks, stages)` in
+    chunks, on the rank that holds most. Both hold for at least as many micro-batches as stages.
     """
 
     title: str
@@ -32,16 +31,6 @@ class NamedSchedule:
     bubble: Bubble
     activations_formula: str
     activations: Callable[[int, int], int]
-
-    def bubble_at(self, schedule: Schedule, costs: Costs) -> float:
-        """Return the closed form at the costs of one stage; a pair of no given time takes F + B."""
-        forward, half, weight = (
-            cost[0] if not isinstance(cost, float | int) else cost
-            for cost in (costs.forward, costs.backward_input, costs.backward_weight)
-        )
-        backward = half + weight
-        pair = costs.overlapped(0, 0) if costs.overlapped else forward + backward
-        return self.bubble(schedule.num_ranks, forward, backward, weight, pair)
 
 
 #: Paper: §3.2.1, Table 2. DualPipeV's row is that of DualPipe at S = 2P stages, as its authors state it; that of

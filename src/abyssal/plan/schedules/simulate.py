@@ -17,7 +17,7 @@ TimeOf = Callable[[Cell], float]
 #: The time of a message from one rank to another.
 TransferTime = Callable[[int, int], float]
 
-PAIR = "F&B"
+PAIR, IDLE = "F&B", "idle"
 #: The parts of a rank's time, in the order in which they are shown.
 PARTS = (Kind.FORWARD.value, Kind.BACKWARD.value, Kind.BACKWARD_INPUT.value, Kind.BACKWARD_WEIGHT.value, PAIR)
 
@@ -50,6 +50,11 @@ class Costs:
                 return _at(self.backward_weight, cell.stage)
             case Kind.BACKWARD:
                 return _at(self.backward_input, cell.stage) + _at(self.backward_weight, cell.stage)
+
+
+def part_of(cell: Cell) -> str:
+    """Return which part of a rank's time a cell belongs to: F, B, I, W or F&B."""
+    return PAIR if isinstance(cell, Pair) else cell.kind.value
 
 
 def _at(cost: float | Sequence[float], stage: int) -> float:
@@ -94,9 +99,8 @@ class Timeline:
         """Return what a rank's makespan goes to: F, B, I, W, F&B and idle."""
         parts = dict.fromkeys(PARTS, 0.0)
         for span in self.ranks[rank]:
-            part = PAIR if isinstance(span.cell, Pair) else span.cell.kind.value
-            parts[part] += span.end - span.start
-        return parts | {"idle": self.idle(rank)}
+            parts[part_of(span.cell)] += span.end - span.start
+        return parts | {IDLE: self.idle(rank)}
 
 
 def simulate(schedule: Schedule, time_of: TimeOf, transfer: TransferTime | None = None) -> Timeline:
