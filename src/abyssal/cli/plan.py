@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 LAYOUT = "Layout (none of these: the report's where it fits, else the fastest that is found)"
 OUTPUT = "Output"
+PLAN_HELP = """What a run costs, before anything is bought: abyssal plan RECIPE --cluster CHIP:DEVICES.
+
+The other commands look at a schedule alone, and at the placement of experts.
+"""
 
 
 class PlanGroup(TyperGroup):
@@ -112,13 +116,13 @@ def plan_recipe(
     }  # fmt: skip
     base, chosen = start_layout(devices, given)
     found = None
-    if search or not (chosen or fits(runs[0], devices, base, calibration, limit)):
+    planned = chosen or fits(runs[0], devices, base, calibration, limit)
+    if search or not planned:
         found = search_layouts(runs[0], devices, base, calibration, limit)
-        base = best_of(found)
+        base = base if planned else best_of(found)
     training = replace(plan_training(runs, devices, base, calibration, price), other_hours=other_hours)
     step = training.phases[0].step
-    if not search:
-        refuse_excess(step, calibration, limit)
+    refuse_excess(step, calibration, limit)
     facts = plan_facts(training, limit)
     facts["inference"] = inference_facts(runs[0].model, devices, calibration)
     if found is not None:
@@ -180,12 +184,15 @@ def check_money(price: float, other_hours: float, memory: float | None) -> None:
 
 def start_layout(cluster: Cluster, given: dict[str, Any]) -> tuple[Layout, bool]:
     """Return the layout of the options, and whether they choose degrees; without degrees it is the report's."""
-    from abyssal.plan.layout import PUBLISHED, Layout
+    from abyssal.plan.layout import PUBLISHED, Layout, Precision
 
     degrees = ("schedule", "pp_size", "ep_size", "tp_size", "stages_per_rank")
     chosen = any(given[name] is not None for name in degrees)
-    precision = "bf16" if cluster.chip.fp8_flops is None else "fp8"
-    base = replace(Layout() if chosen else PUBLISHED, precision=precision)
+    if cluster.chip.sms is None:  # no accelerator: Abyssal's own trainer, as it is
+        base = Layout(precision="bf16", recompute="none", state="trainer")
+    else:
+        precision: Precision = "bf16" if cluster.chip.fp8_flops is None else "fp8"
+        base = replace(Layout() if chosen else PUBLISHED, precision=precision)
     return replace(base, **{name: value for name, value in given.items() if value is not None}), chosen
 
 

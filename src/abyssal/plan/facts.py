@@ -193,9 +193,9 @@ def _bubble(step: StepPlan) -> dict[str, Any]:
 
 
 def drawn_step(step: StepPlan) -> Timeline:
-    """Return the timeline of the same pipeline with few enough micro-batches to be drawn: the middle is left out."""
+    """Return the timeline of the same pipeline with few enough micro-batches to be drawn."""
     size = step.layout.pp_size
-    fewest = -(-max(2 * size + 8, 12) // (2 * size)) * 2 * size
+    fewest = -(-(2 * size + 8) // size) * size
     if step.micro_batches <= fewest:
         return step.timeline
     stages = step.layout.stages_per_rank if step.layout.schedule == "interleaved" else None

@@ -14,6 +14,8 @@ from abyssal.plan.schedules import SCHEDULES
 Precision = Literal["fp8", "bf16"]
 Recompute = Literal["published", "none", "full"]
 PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16")
+STATES: tuple[State, ...] = ("published", "trainer")
+State = Literal["published", "trainer"]
 RECOMPUTES: tuple[Recompute, ...] = ("published", "none", "full")
 #: Schedules whose table pairs a forward with a backward pass, so that one computes while the other communicates.
 PAIRED = ("dualpipe", "dualpipev")
@@ -32,6 +34,7 @@ class Layout:
     micro_batch_size: int = 1
     precision: Precision = "fp8"
     recompute: Recompute = "published"
+    state: State = "published"  # what is kept from step to step: the report's formats, or those of Abyssal's trainer
     overlap: bool | None = None  # all-to-all under computation; none: where the schedule pairs passes
 
     @property
@@ -67,6 +70,7 @@ class Layout:
         interleaved = f" VP{self.stages_per_rank}" if self.schedule == "interleaved" else ""
         degrees = "".join(f" {name}{n}" for name, n in (("TP", self.tp_size), ("CP", self.cp_size)) if n > 1)
         rest = "" if self.recompute == "published" else f", recompute {self.recompute}"
+        rest += "" if self.state == "published" else f", state {self.state}"
         rest += f", {self.micro_batch_size} sequences a micro-batch" if self.micro_batch_size > 1 else ""
         if self.overlap is not None and self.overlap != (self.schedule in PAIRED):
             rest += ", overlap" if self.overlap else ", no overlap"
@@ -108,6 +112,7 @@ def check_layout(layout: Layout, model: ModelConfig, cluster: Cluster) -> None:
         (layout.schedule, tuple(SCHEDULES), "schedule"),
         (layout.precision, PRECISIONS, "precision"),
         (layout.recompute, RECOMPUTES, "recompute"),
+        (layout.state, STATES, "state"),
     ):
         if value not in allowed:
             raise UsageError(f"{name}={value}: must be one of {', '.join(allowed)}{nearest(value, allowed)}")

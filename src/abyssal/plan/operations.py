@@ -73,6 +73,7 @@ class Work:
     model: ModelConfig
     layout: Layout
     sequence_length: int
+    optimizer: str = "adamw"
 
     @property
     def tokens(self) -> float:

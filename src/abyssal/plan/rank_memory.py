@@ -13,6 +13,7 @@ from abyssal.plan.operations import GRADIENT, OPERAND, VALUE, Work
 from abyssal.plan.params import Parts, count_parameters
 from abyssal.plan.schedules import SCHEDULES, Schedule, peak_activations
 from abyssal.plan.traffic import DISPATCHED
+from abyssal.plan.trainer_memory import kept_by_trainer
 
 MASTER, MOMENTS = 4, 4  # fp32 weights; AdamW's two moments in bf16. Paper: §3.3.3
 #: The input of o_proj, which attention's backward pass reads too, in 12 bits. Paper: §3.3.3.
@@ -126,7 +127,8 @@ def kept_by_block(work: Work, kind: str) -> float:
 
 def kept_by_stage(work: Work, stage: Stage) -> float:
     """Return the bytes that a stage keeps of a micro-batch for its backward pass."""
-    return sum(kept_by_block(work, kind) * getattr(stage, kind) for kind in KINDS)
+    kept = kept_by_trainer if work.layout.state == "trainer" else kept_by_block
+    return sum(kept(work, kind) * getattr(stage, kind) for kind in KINDS if getattr(stage, kind))
 
 
 def rank_memory(
@@ -146,16 +148,33 @@ def rank_memory(
 
 
 def state_memory(work: Work, cluster: Cluster, stages: list[Stage]) -> RankMemory:
-    """Return what a device that holds `stages` keeps from step to step: weights, gradients, ZeRO-1's share."""
+    """Return what a device that holds `stages` keeps from step to step: weights, gradients, ZeRO-1's share.
+
+    Abyssal's trainer keeps fp32 weights and moments whole on each device, and casts weights when they are used; the
+    casts live until the backward pass.
+    """
     layout = work.layout
     held = rank_parameters(work.model, layout, stages)
+    if layout.state == "trainer":
+        return RankMemory(
+            parameters=held.total * MASTER,
+            gradients=held.total * GRADIENT,
+            optimizer=_moments(work, held) * 2 * MASTER,
+            buffers=(held.experts + held.dense) * VALUE,
+        )
     dense_ranks, expert_ranks = replicas(layout, cluster)
     sharded = (held.dense + held.wide) / dense_ranks + held.experts / expert_ranks
     return RankMemory(
         parameters=held.bytes(layout.precision),
         gradients=held.total * GRADIENT,
-        optimizer=sharded * (MASTER + MOMENTS),
+        optimizer=sharded * MASTER + _moments(work, held, dense_ranks, expert_ranks) * MOMENTS,
     )
+
+
+def _moments(work: Work, held: Held, dense_ranks: int = 1, expert_ranks: int = 1) -> float:
+    """Return the parameters for which a device keeps two moments; Muon's one momentum of a hidden matrix counts half."""
+    hidden = 0.5 if work.optimizer == "muon" else 1.0
+    return (hidden * held.dense + held.wide) / dense_ranks + hidden * held.experts / expert_ranks
 
 
 def rank_parameters(model: ModelConfig, layout: Layout, stages: list[Stage]) -> Held:
@@ -217,6 +236,8 @@ def memory_fault(layout: Layout, memory: Sequence[RankMemory], limit: float) -> 
 def _buffers(work: Work, stages: list[Stage]) -> float:
     """Return what lives shortly: rows on their way to experts and back, for both passes of a pair, and logits."""
     model, layout = work.model, work.layout
+    if layout.state == "trainer":  # its casts count with the state; what else lives shortly is small
+        return 0.0
     rows = work.tokens * model.num_experts_per_tok
     moving = 0.0
     if layout.ep_size > 1 and any(stage.moe or stage.mtp for stage in stages):

@@ -93,7 +93,7 @@ def search(
                 refuse(f"{layout.schedule}: micro-batches", layout, str(error))
                 fault = None
                 break
-            work = Work(run.model, layout, run.train.sequence_length)
+            work = Work(run.model, layout, run.train.sequence_length, run.optimizer.name)
             key = (layout.ep_size, layout.tp_size, layout.recompute)
             if key not in blocks:
                 blocks[key] = block_costs(work, cluster.chip, calibration)

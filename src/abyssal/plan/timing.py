@@ -76,7 +76,8 @@ class Clock:
         seconds: dict[Phase, float] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
         for operation in operations:
             seconds[operation.phase] += self.seconds(operation)
-        return Passes(**seconds) * (1.0 + self.calibration.other_kernels)
+        other = self.calibration.other_kernels if self.chip.sms else self.calibration.cpu_kernels
+        return Passes(**seconds) * (1.0 + other)
 
     @property
     def _bandwidth(self) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from abyssal.config import RunConfig
 from abyssal.errors import UsageError
 from abyssal.plan.calibration import Calibration
-from abyssal.plan.flops import training_flops
+from abyssal.plan.flops import muon_flops, training_flops
 from abyssal.plan.hardware import Cluster
 from abyssal.plan.layout import Layout, check_layout, micro_batches
 from abyssal.plan.operations import Work
@@ -90,7 +90,7 @@ def plan_step(
     stages = layout.stages_per_rank if layout.schedule == "interleaved" else None
     schedule = build_schedule(layout.schedule, layout.pp_size, portions, stages)
     length = run.train.sequence_length
-    work = Work(run.model, layout, length)
+    work = Work(run.model, layout, length, run.optimizer.name)
     pipeline = pipeline_costs(work, block_costs(work, cluster.chip, calibration), calibration)
     sent = stage_traffic(run.model, layout, cluster.chip, work.tokens)
     travel = sent.seconds(cluster.chip)
@@ -203,6 +203,9 @@ def optimizer_cost(
         sent += reduce_traffic(held.experts, expert_ranks, layout.ep_size, chip, layout.precision)
         shard = (held.dense + held.wide) / dense_ranks + held.experts / expert_ranks
         update = shard * UPDATE_BYTES / (chip.memory_bandwidth * calibration.memory_bandwidth)
+        if work.optimizer == "muon":
+            orthogonal = muon_flops(work.model) / (layout.pp_size * dense_ranks)
+            update += orthogonal / (chip.bf16_flops * (chip.matmul_peak or calibration.bf16_matmul_peak))
         seconds = sent.seconds(chip) + update
         if seconds > slowest:
             slowest, most = seconds, sent
