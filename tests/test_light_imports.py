@@ -80,6 +80,14 @@ def test_a_plan_needs_pydantic_and_nothing_heavier():
     assert not foreign(report["loaded"]) & HEAVY
 
 
+def test_a_schedule_is_simulated_and_drawn_with_the_standard_library_and_pydantic(tmp_path):
+    report, output = load("plan", "schedule", "dualpipe", "--svg", str(tmp_path / "a.svg"))
+    assert "DualPipe" in output
+    assert (tmp_path / "a.svg").is_file()
+    assert not foreign(report["loaded"]) & HEAVY
+    assert report["threads"] == []
+
+
 def test_a_report_needs_matplotlib_and_no_torch(tmp_path):
     import matplotlib.font_manager  # noqa: F401 # its first import on a machine takes long, says so, and starts a timer
 

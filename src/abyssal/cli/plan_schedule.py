@@ -176,9 +176,9 @@ def print_comparison(console: Console, summary: Summary, table: Schedule, times:
         )
     console.print(grid)
     console.print(
-        f"F = {times.forward:g}, B = {times.backward:g}, W = {times.backward_weight:g}, F&B = {times.pair:g} for "
-        f"1/P of the model, P = {table.num_ranks} ranks; bubble: of the rank that waits longest; weights and activations: of "
-        "1/P of the model, activations of one micro-batch",
+        f"times: F = {times.forward:g}, B = {times.backward:g}, W = {times.backward_weight:g}, F&B = {times.pair:g} "
+        f"for 1/P of the model, P = {table.num_ranks} ranks; bubble: idle time of the rank that waits longest; "
+        "weights: of 1/P of the model; activations: of 1/P of the model, one micro-batch, on the rank that holds most",
         style="dim",
     )
     for reason in refused.values():

@@ -20,7 +20,7 @@ def check_schedule(schedule: Schedule) -> None:
                 if not (0 <= action.stage < schedule.num_stages and 0 <= action.micro_batch < schedule.micro_batches):
                     raise ScheduleError(f"{action} on rank {rank}: no such stage or micro-batch")
                 if action.direction != schedule.direction_of(action.micro_batch):
-                    raise ScheduleError(f"{action} on rank {rank}: micro-batch travels the other way")
+                    raise ScheduleError(f"{action} on rank {rank}: its micro-batch goes the other way")
                 if (holder := schedule.rank_of(action.leaves)) != rank:
                     raise ScheduleError(f"{action} on rank {rank}: rank {holder} holds the stage")
                 found[action.stage, action.micro_batch, action.kind] += 1

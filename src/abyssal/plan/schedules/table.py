@@ -56,8 +56,8 @@ class Action:
     direction: int = 0
 
     def __str__(self) -> str:
-        """Name it briefly: `F3.12` is the forward pass of stage 3 over micro-batch 12."""
-        return f"{self.kind}{self.stage}.{self.micro_batch}"
+        """Name it as torch does: `3F12` is the forward pass of stage 3 over micro-batch 12."""
+        return f"{self.stage}{self.kind}{self.micro_batch}"
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -88,7 +88,7 @@ class Pair:
     backward: Action
 
     def __str__(self) -> str:
-        """Name it briefly: `F3.12&B4.2`."""
+        """Name it briefly: `3F12&4B2`."""
         return f"{self.forward}&{self.backward}"
 
     @property
