@@ -4,7 +4,7 @@
 
 Measures the machine as `abyssal machine` does, then a step of shape S (AdamW) and a step of the demo's recipe (Muon and
 AdamW), each in a process of its own. Predictions take the machine's measured limits; of the constants only
-`cpu_kernels` was fitted here, to shape S, so the demo is held out. Memory by kind counts the bytes of the weights,
+`cpu_passes` was fitted here, to shape S, so the demo is held out. Memory by kind counts the bytes of the weights,
 gradients and optimizer tensors, and of what autograd keeps of a micro-batch. One process: more ranks do not exist yet.
 """
 

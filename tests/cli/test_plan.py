@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call
 
 from abyssal.machine.limits import MachineLimits
 
+Call = Callable[..., Any]
 LIMITS = MachineLimits("bfloat16", "cpu, 2 threads", 8e11, 0.9, 40.0, 4e10, 24 * 10**9)
 V3 = ("plan", "v3_671b", "--cluster", "h800:2048")
 

@@ -63,8 +63,9 @@ def test_closed_form_of_activations_is_near_the_table() -> None:
     for layout in LAYOUTS[:3]:
         step = plan_step(run, cluster, layout, Calibration(), 16384)
         estimate = estimated_memory(Work(run.model, layout, 4096), cluster, step.pipeline.stages)
+        exact_most, near_most = (max(m.activations for m in memory) for memory in (step.memory, estimate))
+        assert near_most == pytest.approx(exact_most, rel=0.2)
         for exact, near in zip(step.memory, estimate, strict=True):
-            assert near.activations == pytest.approx(exact.activations, rel=0.25)
             assert replace(near, activations=0.0) == replace(exact, activations=0.0)
 
 

@@ -16,7 +16,7 @@ from abyssal.plan.schedules import build_schedule
 from abyssal.plan.search import candidates, check_micro_batches, nearest_fitting, search
 from abyssal.plan.training_plan import plan_step
 
-RUN = load_recipe("v3_16b")
+RUN = load_recipe("v3_16b", ["schedule.batch_size={start = 192, segments = []}"])
 CLUSTER = parse_cluster("h100:16", packaged_chips())
 
 

@@ -220,8 +220,11 @@ def best_of(found: Any) -> Layout:
     if found.ranked:
         layout: Layout = found.ranked[0].layout
         return layout
-    reasons = "; ".join(f"{r.count} layouts, such as {r.layout}: {r.reason}" for r in found.refused)
-    raise UsageError(f"no layout fits: {reasons or 'none divides these devices'}; take more devices, or --micro-batch")
+    most = sorted(found.refused, key=lambda refused: -refused.count)[:2]
+    reasons = "; ".join(f"{r.count} of those tried, such as {r.layout}: {r.reason}" for r in most)
+    raise UsageError(
+        f"no layout fits: {reasons or 'none divides these devices'}; take another number of devices, --batch or --memory"
+    )
 
 
 def refuse_excess(step: StepPlan, calibration: Calibration, limit: float) -> None:

@@ -54,7 +54,9 @@ def print_search(console: Console, found: dict[str, Any]) -> None:
     _table(console, ("layout", "step", "tokens/s a device", "MFU", "memory"), rows)
     for refused in found["refused"]:
         console.print(
-            f"{refused['count']:,} fail, such as {refused['layout']}: {refused['reason']}", style="dim", markup=False
+            f"{refused['count']:,} fail{'s' * (refused['count'] == 1)}, such as {refused['layout']}: {refused['reason']}",
+            style="dim",
+            markup=False,
         )
 
 

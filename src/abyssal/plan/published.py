@@ -53,8 +53,8 @@ HELD_OUT = (
         _interleaved(8, 2, 32, "fp8"),
         4096,
         3328,
-        "four nodes share an expert group here; its later recipe names EP8, inside a node, and with that the plan says "
-        "what stands in the row below",
+        "32 expert-parallel devices lie on four nodes; the project's later recipe names EP8, inside a node, and with that "
+        "the plan says what stands in the row below",
     ),
     PublishedRun("the same with EP8", "b200:256", _interleaved(8, 2, 8, "fp8"), 4096, 3328),
     PublishedRun("Megatron-Bridge 25.11, BF16", "gb200:256", _interleaved(4, 4, 64, "bf16"), 4096, 3139),

@@ -67,17 +67,15 @@ class Clock:
 
     def pass_seconds(self, size: float) -> float:
         """Return the time of passing over so many bytes of memory, read or written."""
-        if self.chip.pass_seconds_per_byte is not None:
-            return size * self.chip.pass_seconds_per_byte
-        return size / self._bandwidth
+        per_byte = self.chip.pass_seconds_per_byte or 1.0 / self._bandwidth
+        return size * per_byte * (1.0 if self.chip.sms else self.calibration.cpu_passes)
 
     def passes(self, operations: Iterable[Operation]) -> Passes:
         """Return the times of a list of operations by phase, with what the listed kernels leave over."""
         seconds: dict[Phase, float] = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
         for operation in operations:
             seconds[operation.phase] += self.seconds(operation)
-        other = self.calibration.other_kernels if self.chip.sms else self.calibration.cpu_kernels
-        return Passes(**seconds) * (1.0 + other)
+        return Passes(**seconds) * (1.0 + self.calibration.other_kernels if self.chip.sms else 1.0)
 
     @property
     def _bandwidth(self) -> float:

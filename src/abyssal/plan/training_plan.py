@@ -170,15 +170,14 @@ def plan_training(
     of a micro-batch; the report does not say how its context extension was laid out.
     """
     first = runs[0].train.sequence_length
-    phases = []
     for run in runs:
-        times = run.train.sequence_length / first
-        if times < 1 or times != int(times):
+        if run.train.sequence_length % first:
             raise UsageError(
                 f"{run.name}: train.sequence_length={run.train.sequence_length}: must be a multiple of the first "
                 f"phase's {first}"
             )
-        phases.append(plan_phase(run, cluster, replace(layout, cp_size=layout.cp_size * int(times)), calibration))
+    layouts = [replace(layout, cp_size=layout.cp_size * (run.train.sequence_length // first)) for run in runs]
+    phases = (plan_phase(run, cluster, wide, calibration) for run, wide in zip(runs, layouts, strict=True))
     return TrainingPlan(tuple(phases), price)
 
 
