@@ -48,9 +48,9 @@ def test_a_run_s_last_steps_are_read(abyssal, tmp_path):
 
 def test_copies_that_share_a_gpu_are_counted(abyssal, tmp_path):
     (tmp_path / "loads.json").write_text("[[100, 1]]")
-    result = abyssal("plan", "experts", "loads.json", "--gpus", 2, "--redundant", 4)
-    # five copies of expert 0 and one of expert 1, three places a GPU
-    assert "3 copies share a GPU with another one of the same expert, and spread nothing\n" in result.out
+    result = abyssal("plan", "experts", "loads.json", "--gpus", 2, "--redundant", 2)
+    # three copies of expert 0 and one of expert 1, two places a GPU
+    assert "copies that share a GPU with another one of the same expert, and so spread nothing: 1\n" in result.out
 
 
 @pytest.mark.parametrize(

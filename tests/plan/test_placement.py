@@ -35,6 +35,7 @@ def problems(draw):
     experts = groups * draw(st.integers(1, 4))
     gpus = nodes * gpus_a_node
     redundant = -experts % gpus + gpus * draw(st.integers(0, 2))
+    redundant = min(redundant, experts * (gpus - 1))  # which divides as well
     load = st.integers(0, 1000)
     loads = draw(st.lists(st.lists(load, min_size=experts, max_size=experts), min_size=1, max_size=3))
     return loads, {"redundant": redundant, "gpus": gpus, "groups": groups, "nodes": nodes}
@@ -120,6 +121,10 @@ def test_twins_are_copies_that_share_a_gpu():
     [
         ({"redundant": 3, "gpus": 8}, "redundant=3: 12 experts and 3 copies .* gpus=8; nearest: 4$"),
         ({"redundant": 5, "gpus": 8}, "redundant=5: .*; nearest: 4, 12"),
+        (
+            {"redundant": 92, "gpus": 8},
+            "redundant=92: must be at most 84, a copy of each of 12 experts on each of gpus=8",
+        ),
         ({"redundant": -1, "gpus": 8}, "redundant=-1: must be at least 0"),
         ({"redundant": 4, "gpus": 0}, "gpus=0: must be at least 1"),
         ({"redundant": 4, "gpus": 8, "groups": 5}, "groups=5: must divide experts=12; nearest: 4, 6"),

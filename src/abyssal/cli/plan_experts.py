@@ -87,4 +87,6 @@ def print_placement(console: Console, read: ExpertLoads, before: Placement, plac
         grid.add_row(title, f"{values[worst]:.3f} (layer {read.layers[worst]})", f"{sum(values) / layers:.3f}")
     console.print(grid)
     if placed.twins:
-        console.print(f"{placed.twins} copies share a GPU with another one of the same expert, and spread nothing")
+        console.print(
+            f"copies that share a GPU with another one of the same expert, and so spread nothing: {placed.twins}"
+        )

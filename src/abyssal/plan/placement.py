@@ -6,6 +6,7 @@ L layers, E experts, R places for experts, G GPUs.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,6 +105,11 @@ def check_division(experts: int, *, redundant: int, gpus: int, groups: int, node
             f"redundant={redundant}: {experts} experts and {redundant} copies cannot be divided equally among "
             f"gpus={gpus}; nearest: {near}"
         )
+    if redundant > experts * (gpus - 1):
+        raise UsageError(
+            f"redundant={redundant}: must be at most {experts * (gpus - 1)}, a copy of each of {experts} experts on "
+            f"each of gpus={gpus}"
+        )
     for name, value, of, whole in (("groups", groups, "experts", experts), ("nodes", nodes, "gpus", gpus)):
         if whole % value:
             divisors = sorted((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - value))
@@ -130,10 +136,13 @@ def _replicate(loads: Sequence[float], places: int) -> list[int]:
     """Return the expert of each place: every expert once, then one by one the expert whose copies bear most each."""
     copies = list(range(len(loads)))
     counts = [1] * len(loads)
+    busiest = [(-load, expert) for expert, load in enumerate(loads)]  # of equal ones the first
+    heapq.heapify(busiest)
     for _ in range(places - len(loads)):
-        busiest = max(range(len(loads)), key=lambda expert: loads[expert] / counts[expert])
-        copies.append(busiest)
-        counts[busiest] += 1
+        expert = busiest[0][1]
+        copies.append(expert)
+        counts[expert] += 1
+        heapq.heapreplace(busiest, (-loads[expert] / counts[expert], expert))
     return copies
 
 
@@ -146,9 +155,10 @@ def _pack(loads: Sequence[float], packs: int) -> list[list[int]]:
     if room == 1:
         return [[item] for item in range(packs)]
     packed: list[list[int]] = [[] for _ in range(packs)]
-    weights = [0.0] * packs
+    lightest = [(0.0, pack) for pack in range(packs)]  # those with room; of equal ones the first
     for item in sorted(range(len(loads)), key=lambda item: -loads[item]):
-        lightest = min((pack for pack in range(packs) if len(packed[pack]) < room), key=weights.__getitem__)
-        packed[lightest].append(item)
-        weights[lightest] += loads[item]
+        weight, pack = heapq.heappop(lightest)
+        packed[pack].append(item)
+        if len(packed[pack]) < room:
+            heapq.heappush(lightest, (weight + loads[item], pack))
     return packed

@@ -22,8 +22,9 @@ class Shapes:
 
     def __init__(self, width: float, height: float, description: str) -> None:
         """Begin a picture of that size; `description` is read out to those who do not see it."""
-        self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
+        self._parts = [  # the page's style sheet overrules width and height; a viewer of the file scrolls
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
             f"aria-label={quoteattr(description)} font-family=\"system-ui, 'DejaVu Sans', sans-serif\">",
             f'<rect width="100%" height="100%" fill="{PAPER}"/>',
         ]

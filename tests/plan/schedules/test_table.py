@@ -223,6 +223,7 @@ def spoiled(rank, change):
         (0, lambda cells: cells.append(Action(Kind.FORWARD, 3, 0)), "3F0 on rank 0: no such stage or micro-batch"),
         (0, lambda cells: cells.append(Action(Kind.FORWARD, 0, 4)), "0F4 on rank 0: no such stage or micro-batch"),
         (0, lambda cells: cells.append(Action(Kind.FORWARD, 0, 0, 1)), "0F0 on rank 0: its micro-batch goes the other"),
+        (1, lambda cells: cells.append(Pair(cells[0], cells[2])), "1F0&1I0 on rank 1: a pair is a forward and a whole"),
         (2, lambda cells: cells.reverse(), "deadlock: rank 0 at 0I0 waits for the input gradient of stage 1"),
     ],
 )
@@ -257,6 +258,8 @@ def test_a_pair_whose_halves_wait_for_each_other_deadlocks():
         (("interleaved", 4, 8, 1), "stages_per_rank=1: interleaved 1F1B takes at least 2; 1f1b has one"),
         (("zb1p", 4, 8, 2), "stages_per_rank=2: only the schedule interleaved takes it, not zb1p"),
         (("1f1b", 0, 8), "ranks=0: must be at least 1"),
+        (("zb1p", 4096, 8192), "ranks=4096, micro_batches=8192: 33,554,432 chunks are more than the 500,000"),
+        (("interleaved", 10, 1000, 60), "ranks=10, micro_batches=1000: 600,000 chunks are more than"),
         (("zb1p", 4, -1), "micro_batches=-1: must be at least 1"),
         (("dualpip", 4, 8), "schedule dualpip: must be one of 1f1b, .*; nearest: dualpipe$"),
     ],

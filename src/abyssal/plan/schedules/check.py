@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from abyssal.plan.schedules.table import Kind, Schedule, ScheduleError
+from abyssal.plan.schedules.table import Kind, Pair, Schedule, ScheduleError
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -16,6 +16,8 @@ def check_schedule(schedule: Schedule) -> None:
     found: Counter[tuple[int, int, Kind]] = Counter()
     for rank, cells in enumerate(schedule.ranks):
         for cell in cells:
+            if isinstance(cell, Pair) and (cell.forward.kind, cell.backward.kind) != (Kind.FORWARD, Kind.BACKWARD):
+                raise ScheduleError(f"{cell} on rank {rank}: a pair is a forward and a whole backward pass")
             for action in cell.actions:
                 if not (0 <= action.stage < schedule.num_stages and 0 <= action.micro_batch < schedule.micro_batches):
                     raise ScheduleError(f"{action} on rank {rank}: no such stage or micro-batch")

@@ -34,9 +34,9 @@ def interleaved(ranks: int, micro_batches: int, stages_per_rank: int = 2) -> Sch
     Raises:
         UsageError: the micro-batches are no multiple of the ranks, or a rank has a single stage.
     """
-    check_sizes(ranks, micro_batches)
     if stages_per_rank < 2:
         raise UsageError(f"stages_per_rank={stages_per_rank}: interleaved 1F1B takes at least 2; 1f1b has one")
+    check_sizes(ranks, micro_batches, stages_per_rank)
     if micro_batches % ranks:
         below = micro_batches // ranks * ranks
         refuse_micro_batches(
