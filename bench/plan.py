@@ -34,7 +34,7 @@ from abyssal.train.step import train_step
 from record import record
 from shapes import SHAPES
 
-WARM_UP_STEPS, TIMED_STEPS = 3, 5
+WARM_UP_STEPS, TIMED_STEPS = 2, 4
 
 
 def runs() -> dict[str, RunConfig]:
@@ -111,9 +111,7 @@ def _kept(model: Any, windows: torch.Tensor, run: RunConfig, parameters: list[to
 
 def predict(run: RunConfig, cluster: Cluster) -> StepPlan:
     """Plan a step of Abyssal's trainer, as `abyssal plan` does on a machine without an accelerator."""
-    layout = Layout(
-        precision="bf16", recompute="none", state="trainer", micro_batch_size=run.train.micro_batch_size
-    )
+    layout = Layout(precision="bf16", recompute="none", state="trainer", micro_batch_size=run.train.micro_batch_size)
     return plan_step(run, cluster, layout, Calibration(), run.batch_size_at(0))
 
 

@@ -179,7 +179,8 @@ def test_example_in_the_help_is_a_command(command: str, place: Path) -> None:
 
 
 def test_help_of_commands_with_arguments_has_examples() -> None:
-    assert {line.split()[1] for line in HELP} == {"demo", "train", "generate", "report", "prepare", "inspect", "plan"}
+    commands = {"demo", "train", "generate", "report", "prepare", "inspect", "plan", "machine"}
+    assert {line.split()[1] for line in HELP} == commands
 
 
 @pytest.mark.parametrize(

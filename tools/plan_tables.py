@@ -1,7 +1,7 @@
 """Write the tables of docs/plan.md: the plan beside published figures, the fitted constants, and each deleted in turn.
 
-    python tools/plan_tables.py           write them between their marks
-    python tools/plan_tables.py --check   exit 1 where the page is stale
+python tools/plan_tables.py           write them between their marks
+python tools/plan_tables.py --check   exit 1 where the page is stale
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def published_rows() -> Iterator[str]:
         ("context extension, thousand GPU hours", EXTENSION_HOURS / 1e3, sum(hours[1:]) / 1e3, 0),
         ("post-training, thousand GPU hours (given)", POST_TRAINING_HOURS / 1e3, POST_TRAINING_HOURS / 1e3, 0),
         ("all of it, million dollars at 2 an hour", 5.576, total * PRICE / 1e6, 3),
-        ("decode bound at 50 GB/s, ms (7K = 7,000)", 14.76, 1e3 * expert_parallel_bound(50e9, hidden_size=7000, layers=61), 2),
+        (
+            "decode bound at 50 GB/s, ms (7K = 7,000)",
+            14.76,
+            1e3 * expert_parallel_bound(50e9, hidden_size=7000, layers=61),
+            2,
+        ),
         ("decode bound at 900 GB/s, ms", 0.82, 1e3 * expert_parallel_bound(900e9, hidden_size=7000, layers=61), 2),
     ):
         yield f"| {name} | {published:,.{digits}f} | {planned:,.{digits}f} | {planned / published - 1:+.0%} |"
@@ -82,7 +87,9 @@ def part_rows() -> Iterator[str]:
     sums = {"1F": ("F",), "bubble": ("idle",), "1B": ("B", "I"), "1W": ("W",), "1F1B": ("F&B",)}
     for name, published in STEP_PARTS.items():
         values = [sum(parts[p] for p in sums[name]) if name in sums else step.optimizer_s for parts in ranks]
-        yield f"| {name} | {published:.2f} | " + " | ".join(f"{v:.2f} | {v / published - 1:+.0%}" for v in values) + " |"
+        yield (
+            f"| {name} | {published:.2f} | " + " | ".join(f"{v:.2f} | {v / published - 1:+.0%}" for v in values) + " |"
+        )
     yield f"| exposed and imbalance, in the above | | {step.exposed_and_imbalance_s:.2f} | | | |"
 
 

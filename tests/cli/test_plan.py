@@ -130,7 +130,9 @@ def test_excess_names_how_much_what_and_the_nearest_layout_that_fits(abyssal: Ca
     layout = ("--schedule", "1f1b", "--pp", 2, "--ep", 8)
     code, _, err = abyssal("plan", "v3_671b", "--cluster", "h800:2048", *layout)
     assert code == 2
-    match = re.search(r"needs ([\d.]+) GB of 85.9 GB, ([\d.]+) GB too many; most are \w+, .*; nearest .*: (--.*)\n", err)
+    match = re.search(
+        r"needs ([\d.]+) GB of 85.9 GB, ([\d.]+) GB too many; most are \w+, .*; nearest .*: (--.*)\n", err
+    )
     assert match, err
     assert float(match[1]) - 85.9 == pytest.approx(float(match[2]), abs=0.11)
     assert abyssal("plan", "v3_671b", "--cluster", "h800:2048", *match[3].split()).code == 0

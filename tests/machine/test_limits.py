@@ -27,7 +27,9 @@ def test_fit_of_rates_that_fall_with_depth_has_no_half_depth() -> None:
 
 def test_file_is_the_chip_that_was_measured() -> None:
     limits = MachineLimits("float32", "cpu, 3 threads: float32 5 GFLOP/s", 5e9, 0.75, 33.0, 2e10, None)
-    chip = Chip.parse(tomllib.loads(limits.toml("mine") + "memory_bytes = 'x'\n")["mine"] | {"memory_bytes": 7e9, "sources": {}}, "x")
+    chip = Chip.parse(
+        tomllib.loads(limits.toml("mine") + "memory_bytes = 'x'\n")["mine"] | {"memory_bytes": 7e9, "sources": {}}, "x"
+    )
     assert (chip.bf16_flops, chip.matmul_peak, chip.matmul_half_depth) == (5e9, 0.75, 33.0)
     assert chip.pass_seconds_per_byte == pytest.approx(5e-11)
     assert chip.description == "measured: cpu, 3 threads: float32 5 GFLOP/s"

@@ -36,20 +36,21 @@ def test_expert_parallel_bound_is_the_published_one(bandwidth: float, millisecon
 
 def other_shape(**changes: int) -> ModelConfig:
     """The two shapes of peers' figures that stand in no recipe."""
-    fields = dict(
-        vocab_size=32000, hidden_size=512, intermediate_size=1536, moe_intermediate_size=192, num_hidden_layers=8,
-        num_nextn_predict_layers=1, num_attention_heads=8, q_lora_rank=192, kv_lora_rank=128, qk_nope_head_dim=64,
-        qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=32, num_experts_per_tok=8, n_group=4, topk_group=2,
-        first_k_dense_replace=1, max_position_embeddings=4096,
-    )  # fmt: skip
+    fields = {
+        "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1536, "moe_intermediate_size": 192,
+        "num_hidden_layers": 8, "num_nextn_predict_layers": 1, "num_attention_heads": 8, "q_lora_rank": 192,
+        "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 32,
+        "num_experts_per_tok": 8, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
     return ModelConfig(**(fields | changes))  # type: ignore[arg-type]
 
 
-LARGER = dict(
-    hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, q_lora_rank=384, kv_lora_rank=256,
-    n_routed_experts=64, num_experts_per_tok=6, n_group=8, topk_group=4, moe_intermediate_size=512,
-    intermediate_size=3072,
-)  # fmt: skip
+LARGER = {
+    "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "q_lora_rank": 384, "kv_lora_rank": 256,
+    "n_routed_experts": 64, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 4, "moe_intermediate_size": 512,
+    "intermediate_size": 3072,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -73,9 +74,7 @@ def test_mtp_ceiling_nears_the_published_gain_at_large_batches_only() -> None:
 def test_touched_experts_are_those_of_random_routing() -> None:
     generator = random.Random(3)
     for tokens in (1, 2, 7, 40):
-        draws = [
-            len({e for _ in range(tokens) for e in generator.sample(range(256), 8)}) for _ in range(400)
-        ]
+        draws = [len({e for _ in range(tokens) for e in generator.sample(range(256), 8)}) for _ in range(400)]
         assert experts_touched(V3, tokens) == pytest.approx(sum(draws) / len(draws), rel=0.02)
 
 

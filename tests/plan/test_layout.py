@@ -82,7 +82,9 @@ def test_stages_hold_every_block_once_and_no_rank_two_layers_more(
     assert all(stage.dense == 0 for stage in stages[first_moe + 1 :])  # dense layers come first
     last = modules * TIMES["mtp"] + (1 + modules) * TIMES["head"]
     held = layout.stages_of_ranks
-    loads = [sum(stages[n].dense + stages[n].moe + (last if stages[n].heads else 0) for n in set(ranks)) for ranks in held]
+    loads = [
+        sum(stages[n].dense + stages[n].moe + (last if stages[n].heads else 0) for n in set(ranks)) for ranks in held
+    ]
     free = [load for load, ranks in zip(loads, held, strict=True) if len(stages) - 1 not in ranks]
     assert max(free, default=0) - min(free, default=0) <= 1
 

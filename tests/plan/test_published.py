@@ -7,6 +7,7 @@ import pytest
 from abyssal.config import load_recipe
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.hardware import Cluster, packaged_chips, parse_cluster
+from abyssal.plan.operations import Work
 from abyssal.plan.published import (
     EXTENSION_HOURS,
     HELD_OUT,
@@ -21,7 +22,6 @@ from abyssal.plan.published import (
     PublishedRun,
 )
 from abyssal.plan.stage_costs import block_costs
-from abyssal.plan.operations import Work
 from abyssal.plan.training_plan import StepPlan, TrainingPlan, plan_step, plan_training
 
 WITHIN = pytest.approx

@@ -98,10 +98,10 @@ def test_the_trainer_keeps_what_autograd_keeps() -> None:
     from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
 
     config = load_recipe("demo").model.model_copy(
-        update=dict(
-            vocab_size=700, hidden_size=112, intermediate_size=304, moe_intermediate_size=80, q_lora_rank=72,
-            kv_lora_rank=56, num_attention_heads=3, num_hidden_layers=3,
-        )
+        update={
+            "vocab_size": 700, "hidden_size": 112, "intermediate_size": 304, "moe_intermediate_size": 80,
+            "q_lora_rank": 72, "kv_lora_rank": 56, "num_attention_heads": 3, "num_hidden_layers": 3,
+        }
     )  # fmt: skip
     length, sequences = 256, 6
     kernels = choose_kernels(torch.device("cpu"), torch.bfloat16)

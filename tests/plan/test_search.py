@@ -88,4 +88,6 @@ def test_batch_that_does_not_divide_is_refused_with_its_sentence() -> None:
     run = load_recipe("v3_16b", ["schedule.batch_size={start = 4600, segments = []}", "train.batch_multiple=1"])
     with pytest.raises(UsageError, match="a step of 4600 sequences"):
         micro_batches(Layout(), run, CLUSTER, 4600)
-    assert any("a step of 4600 sequences" in r.reason for r in search(run, CLUSTER, Layout(), Calibration(), 60e9).refused)
+    assert any(
+        "a step of 4600 sequences" in r.reason for r in search(run, CLUSTER, Layout(), Calibration(), 60e9).refused
+    )

@@ -112,7 +112,11 @@ def test_products_of_all_blocks_are_the_flops_of_a_token(recipe: str) -> None:
 def test_expert_and_tensor_parallelism_share_the_work_without_loss() -> None:
     config = load_recipe("v3_671b").model
     whole, shared = (
-        sum(o.flops for o in block_operations(Work(config, layout, 512), "moe") if isinstance(o, Product) and "again" not in o.name)
+        sum(
+            o.flops
+            for o in block_operations(Work(config, layout, 512), "moe")
+            if isinstance(o, Product) and "again" not in o.name
+        )
         for layout in (Layout(), Layout(ep_size=32, tp_size=4))
     )
     assert shared == pytest.approx(whole / 4, rel=1e-9)
@@ -134,7 +138,12 @@ def test_full_recomputation_adds_a_forward_pass() -> None:
 def test_muon_counts_every_hidden_matrix_once() -> None:
     """Against the matrices' own shapes, counted through the parameters: a square one of side n costs 30 n^3."""
     config = load_recipe("demo").model.model_copy(
-        update=dict(first_k_dense_replace=0, num_hidden_layers=1, num_nextn_predict_layers=0, n_routed_experts=4)
+        update={
+            "first_k_dense_replace": 0,
+            "num_hidden_layers": 1,
+            "num_nextn_predict_layers": 0,
+            "n_routed_experts": 4,
+        }
     )
     sides = [(192, 256), (192, 256), (160, 256), (128, 384), (256, 256)]  # q_a, q_b, kv_a, kv_b, o
     sides += [(256, 256)] * 3 * (4 + 1)

@@ -36,9 +36,9 @@ def test_phase_without_a_ramp_takes_its_steps_times_one_step() -> None:
 
 def test_time_of_the_ramp_is_that_of_each_of_its_steps() -> None:
     """The line through two simulated sizes against a simulation of every size, where the schedule takes them."""
-    run = load_recipe(
-        "v3_671b", ["train.tokens=4000000000", "schedule.batch_size={start = 4096, segments = [{until = 3e9, shape = 'linear', to = 6144}]}", "train.batch_multiple=256"]
-    )  # fmt: skip
+    ramp = "{start = 4096, segments = [{until = 3e9, shape = 'linear', to = 6144}]}"
+    settings = ["train.tokens=4000000000", f"schedule.batch_size={ramp}", "train.batch_multiple=256"]
+    run = load_recipe("v3_671b", settings)
     phase = plan_phase(run, CLUSTER, PUBLISHED, Calibration())
     apart = {size: plan_step(run, CLUSTER, PUBLISHED, Calibration(), size).seconds for size, _ in set(batches(run))}
     assert len(apart) > 5
@@ -61,15 +61,15 @@ def test_longer_phase_takes_more_context_parallel_devices() -> None:
 
 def test_shorter_phase_after_a_longer_one_is_refused() -> None:
     with pytest.raises(UsageError, match=r"train\.sequence_length=4096: must be a multiple"):
-        plan_training(
-            [load_recipe("v3_671b_32k"), load_recipe("v3_671b")], CLUSTER, PUBLISHED, Calibration(), 2.0
-        )
+        plan_training([load_recipe("v3_671b_32k"), load_recipe("v3_671b")], CLUSTER, PUBLISHED, Calibration(), 2.0)
 
 
 def test_overlap_hides_communication_whether_or_not_the_schedule_pairs() -> None:
     run = load_recipe("v3_671b")
     for layout in (PUBLISHED, Layout(pp_size=16, ep_size=64, schedule="zb1p")):
-        seconds = [plan_step(run, CLUSTER, replace(layout, overlap=how), Calibration()).seconds for how in (False, True)]
+        seconds = [
+            plan_step(run, CLUSTER, replace(layout, overlap=how), Calibration()).seconds for how in (False, True)
+        ]
         assert seconds[1] < 0.85 * seconds[0]
 
 
@@ -89,4 +89,7 @@ def test_muon_adds_its_products_to_the_step() -> None:
     cluster = parse_cluster("h100:1", packaged_chips())
     adamw = load_recipe("demo", ["optimizer.name=adamw"])
     layout = Layout(precision="bf16", micro_batch_size=16)
-    assert plan_step(run, cluster, layout, Calibration()).optimizer_s > plan_step(adamw, cluster, layout, Calibration()).optimizer_s
+    assert (
+        plan_step(run, cluster, layout, Calibration()).optimizer_s
+        > plan_step(adamw, cluster, layout, Calibration()).optimizer_s
+    )

@@ -53,7 +53,9 @@ def plan_recipe(
     ] = None,
     other_hours: Annotated[float, typer.Option("--other-hours", help="Device hours to add: post-training.")] = 0.0,
     price: Annotated[float, typer.Option("--price", help="Money a device hour.")] = 2.0,
-    schedule: Annotated[str | None, typer.Option("--schedule", rich_help_panel=LAYOUT, help="dualpipe, 1f1b, ...")] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", rich_help_panel=LAYOUT, help="dualpipe, 1f1b, ...")
+    ] = None,
     pp: Annotated[int | None, typer.Option("--pp", rich_help_panel=LAYOUT, help="Pipeline ranks.")] = None,
     ep: Annotated[int | None, typer.Option("--ep", rich_help_panel=LAYOUT, help="Expert-parallel devices.")] = None,
     tp: Annotated[int | None, typer.Option("--tp", rich_help_panel=LAYOUT, help="Tensor-parallel devices.")] = None,
@@ -74,7 +76,9 @@ def plan_recipe(
         bool | None,
         typer.Option("--overlap/--no-overlap", rich_help_panel=LAYOUT, help="All-to-all under computation."),
     ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Rank layouts by step time, and say why others fail.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Rank layouts by step time, and say why others fail.")
+    ] = False,
     memory: Annotated[
         float | None, typer.Option("--memory", metavar="GB", help="Memory limit a device.", show_default="the chip's")
     ] = None,
@@ -223,7 +227,7 @@ def best_of(found: Any) -> Layout:
     most = sorted(found.refused, key=lambda refused: -refused.count)[:2]
     reasons = "; ".join(f"{r.count} of those tried, such as {r.layout}: {r.reason}" for r in most)
     raise UsageError(
-        f"no layout fits: {reasons or 'none divides these devices'}; take another number of devices, --batch or --memory"
+        f"no layout fits: {reasons or 'none divides these devices'}; try other devices, --batch or --memory"
     )
 
 

@@ -53,10 +53,9 @@ def print_search(console: Console, found: dict[str, Any]) -> None:
     )
     _table(console, ("layout", "step", "tokens/s a device", "MFU", "memory"), rows)
     for refused in found["refused"]:
+        fail = "fails" if refused["count"] == 1 else "fail"
         console.print(
-            f"{refused['count']:,} fail{'s' * (refused['count'] == 1)}, such as {refused['layout']}: {refused['reason']}",
-            style="dim",
-            markup=False,
+            f"{refused['count']:,} {fail}, such as {refused['layout']}: {refused['reason']}", style="dim", markup=False
         )
 
 
@@ -67,7 +66,9 @@ def _print_head(console: Console, facts: dict[str, Any]) -> None:
 
     cluster, layout, flops = facts["cluster"], facts["layout"], facts["flops_per_token"]
     title = f"{facts['name']} on {cluster['devices']:,} {cluster['name']}"
-    console.print(f"[bold]{escape(title)}[/bold]" + (f": {escape(facts['description'])}" if facts["description"] else ""))
+    console.print(
+        f"[bold]{escape(title)}[/bold]" + (f": {escape(facts['description'])}" if facts["description"] else "")
+    )
     console.print(f"layout: {layout['text']}, {layout['dp_size']} data-parallel ranks", markup=False)
     console.print(
         f"{short(facts['parameters']['total'])} parameters, {short(facts['parameters']['activated'])} activated; "
@@ -81,7 +82,7 @@ def _print_head(console: Console, facts: dict[str, Any]) -> None:
 def _print_phases(console: Console, facts: dict[str, Any]) -> None:
     from abyssal.cli.numbers import short
 
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             phase["name"],
             short(phase["tokens"]),

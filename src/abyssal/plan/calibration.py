@@ -48,9 +48,11 @@ class Calibration:
         0.283, 0.0, "129 ms, an overlapped pair of four layers in that profile: what the listed kernels leave over"
     )
     cpu_passes: float = _constant(
-        4.9, 1.0, "a training step of Abyssal at shape S on two threads of an AMD EPYC (bench/plan.py): how many passes "
-        "over memory unfused kernels make for one of the plan's, on chips without multiprocessors"
-    )  # fmt: skip
+        4.9,
+        1.0,
+        "a training step of Abyssal at shape S on two threads of an AMD EPYC (bench/plan.py): how many passes over "
+        "memory unfused kernels make for one of the plan's, on chips without multiprocessors",
+    )
     exposed_and_imbalance: float = _constant(
         0.0034, 0.0, "19.926 s, the published step: communication left exposed, uneven experts, waiting for the slowest"
     )

@@ -58,8 +58,7 @@ def plan_facts(plan: TrainingPlan, memory_limit: float) -> dict[str, Any]:
         "price_per_device_hour": plan.price,
         "cost": plan.cost,
         "calibration": [
-            {"name": name, "value": value, "fitted_to": fitted_to}
-            for name, value, fitted_to in Calibration.constants()
+            {"name": name, "value": value, "fitted_to": fitted_to} for name, value, fitted_to in Calibration.constants()
         ],
     }
 
@@ -169,9 +168,7 @@ def _step(step: StepPlan) -> dict[str, Any]:
             for rank in ranks
         },
         "exposed_and_imbalance_s": step.exposed_and_imbalance_s,
-        "stages": [
-            {f.name: getattr(stage, f.name) for f in fields(stage)} for stage in step.pipeline.stages
-        ],
+        "stages": [{f.name: getattr(stage, f.name) for f in fields(stage)} for stage in step.pipeline.stages],
     }
 
 

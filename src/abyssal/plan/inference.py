@@ -13,7 +13,7 @@ from abyssal.config import ModelConfig
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.flops import decode_flops
 from abyssal.plan.hardware import Chip, Cluster
-from abyssal.plan.layout import Layout, divisors
+from abyssal.plan.layout import Layout, Precision, divisors
 from abyssal.plan.memory import cache_bytes_per_token
 from abyssal.plan.operations import OPERAND, VALUE, Work
 from abyssal.plan.params import count_parameters
@@ -65,11 +65,11 @@ def expert_parallel_bound(
 def experts_touched(model: ModelConfig, tokens: float) -> float:
     """Return how many experts of a layer some of `tokens` use, in the mean, all being equally likely."""
     share = model.num_experts_per_tok / model.n_routed_experts
-    return model.n_routed_experts * (1.0 - (1.0 - share) ** tokens)
+    return float(model.n_routed_experts * (1.0 - (1.0 - share) ** tokens))
 
 
 def step_bytes(model: ModelConfig, tokens: float, weight_bytes: float = 1.0, cached: float = 0.0) -> float:
-    """Return the bytes that a decoding pass over `tokens` reads: weights used by any of them, head, and cached tokens."""
+    """Return the bytes that a decoding pass over `tokens` reads: weights that any of them uses, and cached tokens."""
     count = count_parameters(model)
     moe_layers = model.num_hidden_layers - model.first_k_dense_replace
     fixed = count.activated_without_embedding - count.activated_main.routed_experts
@@ -97,7 +97,11 @@ def mtp_ceiling(
     """
     cached = batch * context
     plain = step_bytes(model, batch, weight_bytes, cached)
-    return (1.0 + acceptance) * plain / (step_bytes(model, 2 * batch, weight_bytes, cached) + draft_bytes(model, batch, weight_bytes))
+    return (
+        (1.0 + acceptance)
+        * plain
+        / (step_bytes(model, 2 * batch, weight_bytes, cached) + draft_bytes(model, batch, weight_bytes))
+    )
 
 
 def decode_step(
@@ -160,13 +164,15 @@ def prefill_rate(
     takes the longer of what it computes and what it communicates. Paper: §3.4.1.
     """
     chip = cluster.chip
-    precision = "fp8" if chip.fp8_flops else "bf16"
+    precision: Precision = "fp8" if chip.fp8_flops else "bf16"
     layout = Layout(ep_size=devices, micro_batch_size=max(1, tokens // length), precision=precision)
     work = Work(model, layout, length)
     blocks = block_costs(work, chip, calibration)
     moe_layers = model.num_hidden_layers - model.first_k_dense_replace
     moe, dense = blocks["moe"], blocks["dense"]
-    seconds = moe_layers * max(moe.paired.forward, moe.communication) + model.first_k_dense_replace * dense.alone.forward
+    seconds = (
+        moe_layers * max(moe.paired.forward, moe.communication) + model.first_k_dense_replace * dense.alone.forward
+    )
     return work.tokens / seconds
 
 
@@ -174,9 +180,9 @@ def units(model: ModelConfig, cluster: Cluster) -> tuple[int, int]:
     """Return the devices of a prefill and of a decode unit: the report's where cluster and experts allow them."""
     whole = [n for n in divisors(model.n_routed_experts) if n <= cluster.devices]
     prefill = max(n for n in whole if n <= PREFILL_DEVICES)
-    one_each = whole[-1] == model.n_routed_experts and DECODE_DEVICES <= cluster.devices
+    one_each = whole[-1] == model.n_routed_experts and cluster.devices >= DECODE_DEVICES
     # an expert a device, and a quarter more devices for shared experts and copies of busy ones
-    return prefill, DECODE_DEVICES if one_each and 4 * DECODE_DEVICES == 5 * model.n_routed_experts else whole[-1]
+    return prefill, DECODE_DEVICES if one_each and 5 * model.n_routed_experts == 4 * DECODE_DEVICES else whole[-1]
 
 
 def inference_facts(model: ModelConfig, cluster: Cluster, calibration: Calibration) -> dict[str, Any]:

@@ -74,9 +74,7 @@ class Layout:
         rest += f", {self.micro_batch_size} sequences a micro-batch" if self.micro_batch_size > 1 else ""
         if self.overlap is not None and self.overlap != (self.schedule in PAIRED):
             rest += ", overlap" if self.overlap else ", no overlap"
-        return (
-            f"{self.schedule} PP{self.pp_size}{interleaved} EP{self.ep_size}{degrees}, {self.precision}{rest}"
-        )
+        return f"{self.schedule} PP{self.pp_size}{interleaved} EP{self.ep_size}{degrees}, {self.precision}{rest}"
 
 
 #: The report's own. Paper: §3.1.
@@ -139,10 +137,12 @@ def micro_batches(layout: Layout, run: RunConfig, cluster: Cluster, batch_size: 
     """
     portion = layout.dp_size(cluster) * layout.micro_batch_size
     if batch_size % portion:
+        below = batch_size // portion * portion
+        nearest_sizes = ", ".join(str(size) for size in (below, below + portion) if size)
         raise UsageError(
             f"a step of {batch_size} sequences: must be a multiple of data-parallel ranks * micro_batch_size = "
             f"{layout.dp_size(cluster)} * {layout.micro_batch_size} = {portion}; "
-            f"nearest: {', '.join(str(n) for n in (batch_size // portion * portion, -(-batch_size // portion) * portion) if n)}"
+            f"nearest: {nearest_sizes}"
         )
     return batch_size // portion
 
@@ -174,9 +174,7 @@ def assign_stages(layout: Layout, model: ModelConfig, block_times: dict[str, flo
         dense = max(0, min(model.first_k_dense_replace - seen, count))
         seen += count
         at_end = stage == layout.num_stages - 1
-        stages.append(
-            Stage(stage == 0, dense, count - dense, modules if at_end else 0, 1 + modules if at_end else 0)
-        )
+        stages.append(Stage(stage == 0, dense, count - dense, modules if at_end else 0, 1 + modules if at_end else 0))
     return stages
 
 

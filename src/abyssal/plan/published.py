@@ -53,8 +53,8 @@ HELD_OUT = (
         _interleaved(8, 2, 32, "fp8"),
         4096,
         3328,
-        "32 expert-parallel devices lie on four nodes; the project's later recipe names EP8, inside a node, and with that "
-        "the plan says what stands in the row below",
+        "32 expert-parallel devices lie on four nodes; the project's later recipe names EP8, inside a node, and with "
+        "that the plan says what stands in the row below",
     ),
     PublishedRun("the same with EP8", "b200:256", _interleaved(8, 2, 8, "fp8"), 4096, 3328),
     PublishedRun("Megatron-Bridge 25.11, BF16", "gb200:256", _interleaved(4, 4, 64, "bf16"), 4096, 3139),
@@ -85,8 +85,8 @@ HELD_OUT = (
         Layout(ep_size=32, precision="bf16", overlap=False),
         1024,
         7670,
-        "a 16B model whose kernels are short, on 80 GB devices that are not named: time between launches, which the plan "
-        "scales with the kernels, weighs more",
+        "a 16B model whose kernels are short, on 80 GB devices that are not named: time between launches, which the "
+        "plan scales with the kernels, weighs more",
         recipe="v3_16b",
     ),
     PublishedRun(

@@ -128,12 +128,10 @@ def kept_by_block(work: Work, kind: str) -> float:
 def kept_by_stage(work: Work, stage: Stage) -> float:
     """Return the bytes that a stage keeps of a micro-batch for its backward pass."""
     kept = kept_by_trainer if work.layout.state == "trainer" else kept_by_block
-    return sum(kept(work, kind) * getattr(stage, kind) for kind in KINDS if getattr(stage, kind))
+    return float(sum(kept(work, kind) * getattr(stage, kind) for kind in KINDS if getattr(stage, kind)))
 
 
-def rank_memory(
-    work: Work, cluster: Cluster, stages: tuple[Stage, ...], schedule: Schedule
-) -> tuple[RankMemory, ...]:
+def rank_memory(work: Work, cluster: Cluster, stages: tuple[Stage, ...], schedule: Schedule) -> tuple[RankMemory, ...]:
     """Return the memory of a device of each pipeline rank."""
     layout = work.layout
     kept = [kept_by_stage(work, stage) for stage in stages]
@@ -172,7 +170,7 @@ def state_memory(work: Work, cluster: Cluster, stages: list[Stage]) -> RankMemor
 
 
 def _moments(work: Work, held: Held, dense_ranks: int = 1, expert_ranks: int = 1) -> float:
-    """Return the parameters for which a device keeps two moments; Muon's one momentum of a hidden matrix counts half."""
+    """Return the parameters with two moments on a device; Muon's one momentum of a hidden matrix counts half."""
     hidden = 0.5 if work.optimizer == "muon" else 1.0
     return (hidden * held.dense + held.wide) / dense_ranks + hidden * held.experts / expert_ranks
 

@@ -10,7 +10,7 @@ from abyssal.config import RunConfig
 from abyssal.errors import UsageError
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.hardware import Cluster
-from abyssal.plan.layout import Layout, Precision, divisors, micro_batches
+from abyssal.plan.layout import Layout, divisors, micro_batches
 from abyssal.plan.operations import Work
 from abyssal.plan.rank_memory import MemoryFault, estimated_memory, memory_fault
 from abyssal.plan.schedules import SCHEDULES
@@ -64,9 +64,7 @@ def candidates(run: RunConfig, cluster: Cluster, base: Layout) -> Iterator[Layou
                             yield layout
 
 
-def search(
-    run: RunConfig, cluster: Cluster, base: Layout, calibration: Calibration, memory_limit: float
-) -> Found:
+def search(run: RunConfig, cluster: Cluster, base: Layout, calibration: Calibration, memory_limit: float) -> Found:
     """Rank layouts by the time of a full step, among those whose every device stays within `memory_limit` bytes.
 
     A layout that does not fit is tried again with the whole forward pass recomputed. Precision, context parallelism
@@ -80,7 +78,9 @@ def search(
 
     def refuse(kind: str, layout: Layout, reason: str) -> None:
         before = refused.get(kind)
-        refused[kind] = Refused(before.count + 1, before.layout, before.reason) if before else Refused(1, layout, reason)
+        refused[kind] = (
+            Refused(before.count + 1, before.layout, before.reason) if before else Refused(1, layout, reason)
+        )
 
     for candidate in candidates(run, cluster, base):
         fault: MemoryFault | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from abyssal.plan.calibration import Calibration
@@ -27,10 +27,10 @@ from abyssal.plan.traffic import Traffic, layer_traffic
 class BlockCost:
     """One block for one micro-batch: alone, while other multiprocessors communicate, and what it communicates."""
 
-    alone: Passes = Passes()
-    paired: Passes = Passes()
+    alone: Passes
+    paired: Passes
     communication: float = 0.0  # seconds in the forward pass, and as many in the backward pass
-    traffic: Traffic = Traffic()  # bytes, likewise
+    traffic: Traffic = field(default_factory=Traffic)  # bytes, likewise
 
     def __add__(self, other: BlockCost) -> BlockCost:
         """Add field by field."""
@@ -126,7 +126,7 @@ def pipeline_costs(work: Work, blocks: dict[str, BlockCost], calibration: Calibr
         block = blocks[kind]
         times[name] = block.paired.forward + block.paired.backward + (0.0 if hidden else 2 * block.communication)
     stages = tuple(assign_stages(layout, work.model, times))
-    costs = tuple(sum(_blocks_of(stage, blocks), BlockCost()) for stage in stages)
+    costs = tuple(sum(_blocks_of(stage, blocks), BlockCost(Passes(), Passes())) for stage in stages)
     stretch = 1.0 + calibration.exposed_and_imbalance
     return PipelineCosts(stages, costs, blocks, layout.schedule in PAIRED, hidden, stretch)
 

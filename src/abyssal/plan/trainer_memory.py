@@ -23,7 +23,7 @@ def kept_by_trainer(work: Work, kind: str) -> float:
     if kind == "heads":
         return tokens * hidden * (NORM + VALUE) + model.vocab_size * hidden * GRADIENT
     heads = model.num_attention_heads
-    kept = 2 * hidden * NORM + ((model.q_lora_rank or 0) + model.kv_lora_rank) * NORM
+    kept = 2.0 * hidden * NORM + ((model.q_lora_rank or 0) + model.kv_lora_rank) * NORM
     kept += heads * (2 * model.qk_head_dim + 3 * model.v_head_dim) * VALUE  # q, k, v, the output and o_proj's input
     if work.sequence_length <= LONGEST:
         kept += heads * (work.sequence_length + BLOCK) / 2 * VALUE
