@@ -7,6 +7,7 @@ python tools/plan_tables.py --check   exit 1 where the page is stale
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +32,8 @@ from abyssal.plan.published import (
 )
 from abyssal.plan.training_plan import TrainingPlan, plan_phase, plan_step, plan_training
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "plan.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "plan.md", ROOT / "bench" / "results"
 PHASES = ("v3_671b", "v3_671b_32k", "v3_671b_128k")
 CLUSTER = "h800:2048"
 #: What the constants' table shows of the held-out runs: who, cluster and heading.
@@ -131,6 +133,26 @@ def constant_rows() -> Iterator[str]:
         yield f"| {f'`{without}`' if without else 'none'} | " + " | ".join(_short(value) for value in values) + " |"
 
 
+def here_rows() -> Iterator[str]:
+    """Yield the newest measurement of bench/plan.py beside its predictions."""
+    newest = sorted(RESULTS.glob("plan-*.json"))[-1]
+    result = json.loads(newest.read_text(encoding="utf-8"))
+    yield f"Measured and planned on {result['date']}, {result['device']}, {result['cores']} threads:"
+    yield ""
+    yield "| run | step, s | | weights, MB | gradients, MB | optimizer, MB | activations and casts, MB | |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, row in result["figures"]["measured, predicted"].items():
+        if name == "machine":
+            continue
+        (seconds, planned), memory = row["seconds"], list(row["memory_mb"].values())
+        kept, kept_planned = memory[-1]
+        sizes = " | ".join(f"{measured:,.0f}, {predicted:,.0f}" for measured, predicted in memory)
+        yield (
+            f"| {name} | {seconds:.2f}, {planned:.2f} | {planned / seconds - 1:+.0%} | {sizes} | "
+            f"{kept_planned / kept - 1:+.0%} |"
+        )
+
+
 def _short(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
@@ -140,6 +162,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "parts": part_rows,
     "held out": held_out_rows,
     "constants": constant_rows,
+    "here": here_rows,
 }
 
 

@@ -16,10 +16,11 @@ def machine(
 ) -> None:
     """Measure this machine, and print it as a chip that a plan can be made for.
 
-    Products of several depths, passes over memory, and the size of memory; a few seconds. Examples:
+    Products of several depths, passes over memory, and the size of memory; a few seconds. It is what
+    `abyssal plan RECIPE --hardware machine.toml --cluster machine:1` takes. Examples:
 
+        abyssal machine
         abyssal machine --out machine.toml
-        abyssal plan demo --hardware machine.toml --cluster machine:1
     """
     import re
 
