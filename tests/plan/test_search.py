@@ -91,3 +91,9 @@ def test_batch_that_does_not_divide_is_refused_with_its_sentence() -> None:
     assert any(
         "a step of 4600 sequences" in r.reason for r in search(run, CLUSTER, Layout(), Calibration(), 60e9).refused
     )
+
+
+def test_layouts_whose_tables_would_be_too_large_are_refused_not_fatal() -> None:
+    run = load_recipe("v3_16b", ["schedule.batch_size={start = 6400000, segments = []}", "train.batch_multiple=1"])
+    found = search(run, CLUSTER, Layout(), Calibration(), 60e9)
+    assert any("more than the" in refused.reason for refused in found.refused)

@@ -110,7 +110,12 @@ def search(run: RunConfig, cluster: Cluster, base: Layout, calibration: Calibrat
     if closest is not None:  # of those too large, show the one that lacks least
         refused["memory"] = Refused(refused["memory"].count, closest.layout, str(closest))
     estimates.sort(key=lambda pair: pair[0])
-    plans = [plan_step(run, cluster, layout, calibration) for _, layout in estimates[:SIMULATED]]
+    plans = []
+    for _, layout in estimates[:SIMULATED]:
+        try:
+            plans.append(plan_step(run, cluster, layout, calibration))
+        except UsageError as error:  # a table of more actions than a schedule may have
+            refuse("size", layout, str(error))
     fitting = [plan for plan in plans if memory_fault(plan.layout, plan.memory, memory_limit) is None]
     ranked = tuple(sorted(fitting, key=lambda plan: plan.seconds))
     return Found(ranked, tuple(layout for _, layout in estimates), tuple(refused.values()))
