@@ -181,7 +181,7 @@ def test_example_in_the_help_is_a_command(command: str, place: Path) -> None:
 
 def test_help_of_commands_with_arguments_has_examples() -> None:
     assert {line.split()[1] for line in HELP} == {
-        *("demo", "train", "generate", "chat", "report", "prepare", "inspect", "convert", "plan"),
+        *("demo", "train", "generate", "chat", "report", "prepare", "inspect", "convert", "plan", "machine"),
     }
 
 

@@ -88,6 +88,13 @@ def test_a_schedule_is_simulated_and_drawn_with_the_standard_library_and_pydanti
     assert report["threads"] == []
 
 
+def test_a_plan_of_a_run_on_a_cluster_needs_no_torch():
+    report, output = load("plan", "v3_671b", "--cluster", "h800:2048")
+    assert "tokens/s a device" in output
+    assert not foreign(report["loaded"]) & HEAVY
+    assert report["threads"] == []
+
+
 def test_a_report_needs_matplotlib_and_no_torch(tmp_path):
     import matplotlib.font_manager  # noqa: F401 # its first import on a machine takes long, says so, and starts a timer
 
