@@ -24,7 +24,7 @@ from abyssal.engine.scheduler import Scheduler
 from abyssal.engine.speculate import Speculation
 from abyssal.engine.statistics import EngineStatistics
 from abyssal.engine.text_stream import FinishReason, TextStream
-from abyssal.errors import ModelDirectoryError, UsageError
+from abyssal.errors import AbyssalError, UsageError
 from abyssal.model import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
@@ -136,11 +136,11 @@ class Engine:
 
     # Requests
 
-    def add(self, request: Request) -> int:
-        """Take on a request and return its number, which its outputs bear.
+    def check(self, request: Request) -> int:
+        """Return how many tokens each text of a request can have; reads nothing that a step changes.
 
         Raises:
-            UsageError: the prompt or a parameter cannot be; nothing has changed then.
+            UsageError: the prompt or a parameter cannot be.
         """
         parameters = request.parameters
         limit = check_prompt(self._model, request.prompt_ids, parameters)
@@ -158,6 +158,15 @@ class Engine:
                 f"prompt: {num_prompt_tokens} tokens and {limit} new ones do not fit the latent cache of {room} "
                 "tokens; ask for fewer, or give the engine more cache_bytes"
             )
+        return limit
+
+    def add(self, request: Request) -> int:
+        """Take on a request and return its number, which its outputs bear.
+
+        Raises:
+            UsageError: the prompt or a parameter cannot be; nothing has changed then.
+        """
+        most = len(request.prompt_ids) + self.check(request)
         request_id, self._next_id = self._next_id, self._next_id + 1
         continuations: list[Continuation] = []
         for index in range(request.num_continuations):
@@ -166,14 +175,13 @@ class Engine:
                 request_id=request_id,
                 index=index,
                 tokens=list(request.prompt_ids),
-                max_tokens=num_prompt_tokens + limit,
-                sampler=Sampler(parameters, request.prompt_ids, index, constraint),
+                max_tokens=most,
+                sampler=Sampler(request.parameters, request.prompt_ids, index, constraint),
                 end_ids=self._end_ids if request.end_ids is None else request.end_ids,
-                text=None if self._tokenizer is None else TextStream(self._tokenizer, parameters.stop),
+                text=None if self._tokenizer is None else TextStream(self._tokenizer, request.parameters.stop),
                 leader=continuations[0] if continuations and self.options.share_prefixes else None,
             )
             continuations.append(continuation)
-        for continuation in continuations:
             self._scheduler.add(continuation)
         self._requests[request_id] = continuations
         return request_id
@@ -183,6 +191,10 @@ class Engine:
         for continuation in self._requests.pop(request_id, ()):
             if not continuation.is_finished:
                 self._scheduler.remove(continuation)
+
+    def is_open(self, request_id: int) -> bool:
+        """Whether a text of this request has not ended."""
+        return request_id in self._requests
 
     @property
     def has_work(self) -> bool:
@@ -265,7 +277,7 @@ class Engine:
         who = (continuation.request_id, continuation.index)
         try:
             token = continuation.sampler.choose(done.logits[row], done.normalisers[row], done.likeliest[row])
-        except ModelDirectoryError as error:
+        except AbyssalError as error:
             return Output(*who, None, finish_reason="error", error=error)
         continuation.tokens.append(token.id)
         ended, full = token.id in continuation.end_ids, continuation.num_left == 0

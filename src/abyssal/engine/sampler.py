@@ -22,7 +22,7 @@ class TokenConstraint(Protocol):
     """What the next token may be, as a grammar or another rule has it.
 
     It hears of sampled tokens only, never of drafts, so it needs no way back: a draft is verified by sampling, under
-    the mask of its place, what it must agree with.
+    the mask of its place, what it must agree with. An `AbyssalError` raised here ends the text, and no other.
     """
 
     def allowed(self) -> Tensor | None:
