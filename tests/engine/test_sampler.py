@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from abyssal.engine import SamplingParameters
-from abyssal.engine.sampler import Sampler, normalisers
+from abyssal.engine.sampler import Sampler
 from abyssal.engine.sampling import sample
 from abyssal.errors import ModelDirectoryError, UsageError
 
@@ -23,7 +23,7 @@ def logits_at(seed: int) -> torch.Tensor:
 
 
 def choose(sampler: Sampler, logits: torch.Tensor) -> Any:
-    return sampler.choose(logits, normalisers(logits[None])[0])
+    return sampler.choose(logits)
 
 
 def changed(logits: list[float], prompt: list[int], text: list[int], p: SamplingParameters) -> list[float]:

@@ -2,11 +2,11 @@
 
 from abyssal.engine.driver import AsyncEngine, DrainingError, EngineFailedError, QueueFullError, Stream
 from abyssal.engine.engine import Engine, EngineOptions
-from abyssal.engine.generate import GeneratedToken, generate, new_token_limit, use_latent_cache
+from abyssal.engine.generate import generate, new_token_limit, use_latent_cache
 from abyssal.engine.latent_cache import ContiguousLatentCache
 from abyssal.engine.load import LoadedModel, load_model
 from abyssal.engine.request import Output, Request
-from abyssal.engine.sampler import SampledToken, TokenConstraint
+from abyssal.engine.sampler import GeneratedToken, TokenConstraint
 from abyssal.engine.sampling import SamplingParameters, sample
 from abyssal.engine.speculate import Speculation, generate_speculatively, speculation_for
 from abyssal.engine.statistics import EngineStatistics
@@ -27,7 +27,6 @@ __all__ = [
     "Output",
     "QueueFullError",
     "Request",
-    "SampledToken",
     "SamplingParameters",
     "Speculation",
     "Stream",

@@ -19,7 +19,7 @@ from abyssal.engine.load import LoadedModel
 from abyssal.engine.paged_cache import PagedLatentCache, PagedPass, Span
 from abyssal.engine.pages import PagePool
 from abyssal.engine.request import Continuation, Output, Request
-from abyssal.engine.sampler import Sampler, normalisers
+from abyssal.engine.sampler import Sampler
 from abyssal.engine.scheduler import Scheduler
 from abyssal.engine.speculate import Speculation
 from abyssal.engine.statistics import EngineStatistics
@@ -71,7 +71,7 @@ class _Pass:
     began: float  # by the clock of `time.perf_counter`
     only_decodes: bool
     hidden: Tensor  # [T, D]
-    logits: Tensor  # [M, V], at least fp32
+    logits: Tensor  # [M, V]
     normalisers: list[float]
     likeliest: list[int]
 
@@ -240,9 +240,9 @@ class Engine:
             )
         chosen = hidden if len(rows) == len(tokens) else hidden[torch.tensor(rows, dtype=torch.int64, device=device)]
         logits = self._model.logits(chosen)  # [M, V]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         only_decodes = all(continuation.is_decoding for continuation in shares)
-        return _Pass(began, only_decodes, hidden, logits, normalisers(logits), logits.argmax(-1).tolist())
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _Pass(began, only_decodes, hidden, logits, wide.logsumexp(-1).tolist(), logits.argmax(-1).tolist())
 
     def _verify(self, shares: dict[Continuation, int], done: _Pass) -> list[Output]:
         """Sample at every place up to the first draft that is not the sampled token; count what is computed by now."""

@@ -5,29 +5,20 @@ Legend: V vocabulary, D hidden.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from abyssal.config import ModelConfig
 from abyssal.engine.latent_cache import ContiguousLatentCache
-from abyssal.engine.sampling import SamplingParameters, sample
-from abyssal.errors import ModelDirectoryError, UsageError
+from abyssal.engine.sampler import GeneratedToken, Sampler
+from abyssal.engine.sampling import SamplingParameters
+from abyssal.errors import UsageError
 from abyssal.model import AbsorbedCore, Transformer
 
 #: Prompt tokens a pass takes: enough for full matrix products, while its scores [tokens, H, S] stay small.
 PREFILL_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedToken:
-    """A token and its log-probability under the model itself: before temperature, top-k and top-p."""
-
-    id: int
-    logprob: float
 
 
 def use_latent_cache(model: Transformer) -> None:
@@ -100,10 +91,10 @@ def _continue(
     device = model.head_weight.device
     capacity = len(prompt_ids) + limit - 1  # the last token is never fed back
     cache = ContiguousLatentCache(model.config, capacity, dtype=model.compute_dtype, device=device)
-    generator = parameters.generator()
+    sampler = Sampler(parameters, prompt_ids)
     pending = torch.tensor(prompt_ids, device=device)
     for _ in range(limit):
-        token = choose(next_logits(model, pending, cache), parameters, generator)
+        token = sampler.choose(next_logits(model, pending, cache))
         yield token
         if token.id in eos_ids:
             return
@@ -141,21 +132,3 @@ def run_pass(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache) -
     if cache.lengths[0] != expected:  # another core attends to the new tokens alone, and nobody would notice
         raise RuntimeError("the model's layers do not write to the latent cache; call use_latent_cache(model) first")
     return hidden
-
-
-@torch.inference_mode()
-def choose(logits: Tensor, parameters: SamplingParameters, generator: torch.Generator) -> GeneratedToken:
-    """Sample from logits [V] and return the token with its log-probability, taken in at least fp32.
-
-    Raises:
-        ModelDirectoryError: the logits are not finite.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = float(wide.logsumexp(-1))
-    if not math.isfinite(normaliser):
-        raise ModelDirectoryError(
-            f"the model's logits are not finite (log of their sum: {normaliser}): its weights are damaged, "
-            f"or {str(logits.dtype).removeprefix('torch.')} is too narrow for them; try dtype=float32 or another copy"
-        )
-    token = sample(wide, parameters, generator)
-    return GeneratedToken(token, float(wide[token]) - normaliser)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from abyssal.engine.pages import ROOT
-from abyssal.engine.sampler import SampledToken, Sampler, TokenConstraint
+from abyssal.engine.sampler import GeneratedToken, Sampler, TokenConstraint
 from abyssal.engine.sampling import SamplingParameters
 from abyssal.engine.text_stream import FinishReason, TextStream
 
@@ -39,7 +39,7 @@ class Output:
 
     request_id: int
     index: int
-    token: SampledToken | None
+    token: GeneratedToken | None
     text: str = ""
     was_draft: bool = False
     finish_reason: FinishReason | Literal["error"] | None = None

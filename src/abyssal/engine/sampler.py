@@ -35,17 +35,15 @@ class TokenConstraint(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A token, its log-probability under the model itself, and the likeliest tokens of its place if asked for."""
+class GeneratedToken:
+    """A token and its log-probability under the model itself: before the request changes the logits.
+
+    `top` are the likeliest tokens of its place with theirs, where the request asks for some.
+    """
 
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-
-
-def normalisers(logits: Tensor) -> list[float]:
-    """Return the logarithm of the sum of exponentials of each row [M, V], taken in the logits' dtype."""
-    return logits.logsumexp(-1).tolist()
 
 
 class Sampler:
@@ -72,21 +70,26 @@ class Sampler:
         """Whether a token is the argmax of the model's own logits, nothing else."""
         return self.parameters.temperature == 0 and self._constraint is None and not self.parameters.changes_logits
 
-    def choose(self, logits: Tensor, normaliser: float, likeliest: int | None = None) -> SampledToken:
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, normaliser: float | None = None, likeliest: int | None = None) -> GeneratedToken:
         """Sample the next token and count it.
 
         Args:
-            logits: [V], at least fp32; not changed.
-            normaliser: their `normalisers`.
+            logits: [V], not changed; taken in at least fp32.
+            normaliser: the logarithm of the sum of their exponentials, where it is known.
             likeliest: their argmax, where it is known.
 
         Raises:
             ModelDirectoryError: the logits are not finite.
         """
+        dtype = logits.dtype
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
+        if normaliser is None:
+            normaliser = float(logits.logsumexp(-1))
         if not math.isfinite(normaliser):
             raise ModelDirectoryError(
                 f"the model's logits are not finite (log of their sum: {normaliser}): its weights are damaged, "
-                "or its dtype is too narrow for them; try dtype=float32 or another copy"
+                f"or {str(dtype).removeprefix('torch.')} is too narrow for them; try dtype=float32 or another copy"
             )
         if self.takes_likeliest:
             token = int(logits.argmax()) if likeliest is None else likeliest
@@ -97,7 +100,7 @@ class Sampler:
         if self.parameters.top_logprobs:
             values, ids = logits.topk(min(self.parameters.top_logprobs, len(logits)))
             top = tuple(zip(ids.tolist(), (values - normaliser).tolist(), strict=True))
-        return SampledToken(token, float(logits[token]) - normaliser, top)
+        return GeneratedToken(token, float(logits[token]) - normaliser, top)
 
     def _changed(self, logits: Tensor) -> Tensor:
         """Return the logits with everything the request adds to them."""

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from abyssal.config import ModelConfig
-from abyssal.engine.generate import PREFILL_TOKENS, GeneratedToken, check_prompt, choose, run_pass
+from abyssal.engine.generate import PREFILL_TOKENS, check_prompt, run_pass
 from abyssal.engine.latent_cache import ContiguousLatentCache
+from abyssal.engine.sampler import GeneratedToken, Sampler
 from abyssal.engine.sampling import SamplingParameters
 from abyssal.errors import UsageError
 from abyssal.model import Transformer
@@ -207,11 +208,11 @@ def _continue(
     device = model.head_weight.device
     cache = ContiguousLatentCache(model.config, capacity, dtype=model.compute_dtype, device=device)
     drafter = MTPDrafter(model, capacity)
-    generator = parameters.generator()
+    sampler = Sampler(parameters, prompt_ids)
     for part in torch.tensor(prompt_ids, device=device).split(PREFILL_TOKENS):
         hidden = run_pass(model, part, cache)  # [t, D]
         drafter.extend(part.tolist(), hidden)
-    token = choose(_logits(model, hidden[-1:])[0], parameters, generator)
+    token = sampler.choose(_logits(model, hidden[-1:])[0])
     drafter.extend([token.id], hidden[:0])
     yield token
     left = 0 if token.id in eos_ids else limit - 1
@@ -221,7 +222,7 @@ def _continue(
         speculation.count_pass(len(drafts))
         sampled: list[int] = []
         for place_logits, draft in zip(_logits(model, hidden), [*drafts, None], strict=True):
-            token = choose(place_logits, parameters, generator)
+            token = sampler.choose(place_logits)
             speculation.count_token(len(sampled), accepted=token.id == draft)
             sampled.append(token.id)
             left -= 1
