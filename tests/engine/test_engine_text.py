@@ -23,7 +23,8 @@ from abyssal.engine import (
 )
 from abyssal.engine.request import Continuation
 from abyssal.errors import UsageError
-from abyssal.model import Transformer
+from abyssal.model import Context, Transformer
+from abyssal.ops.routing import affinities, choose_experts
 
 Build = Callable[..., Transformer]
 SMALL = EngineOptions(page_tokens=4, max_running=4, max_step_tokens=24, adapt_drafts=False)
@@ -133,6 +134,38 @@ def test_log_probabilities_are_the_models_own_whatever_is_drafted(tiny_config: M
             assert output.token.id == token.id == output.token.top[0][0]
             assert output.token.logprob == pytest.approx(token.logprob, abs=1e-4)
             assert len(output.token.top) == 4
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_experts_are_those_that_the_place_before_a_token_chose(
+    tiny_config: ModelConfig, build: Build, drafts: int
+) -> None:
+    model, plain = build(tiny_config), build(tiny_config, cached=False)
+    prompt, parameters = [5, 17, 3], SamplingParameters(9, temperature=0)
+    said, text = ([token.id for token in generate(model, ids, parameters)] for ids in ([60, 61], prompt))
+    chosen: list[list[list[int]]] = []  # layer, place, experts by their weight
+    for layer in plain.model.layers[1:3]:
+
+        def note(module: Any, inputs: Any, normed: torch.Tensor, gate: Any = layer.mlp.gate) -> None:
+            cfg = tiny_config
+            scores = affinities(normed, gate.weight)
+            groups = {"n_group": cfg.n_group, "topk_group": cfg.topk_group, "top_k": cfg.num_experts_per_tok}
+            experts = choose_experts(scores, gate.e_score_correction_bias, **groups).tolist()
+            pairs = zip(scores.tolist(), experts, strict=True)
+            chosen.append([sorted(row, key=lambda e: -values[e]) for values, row in pairs])
+
+        layer.post_attention_layernorm.register_forward_hook(note)
+    with torch.no_grad():
+        plain(torch.tensor([*prompt, *text]), Context.packed([12]))
+    for wants in (True, False):
+        engine = Engine(model, EngineOptions(page_tokens=3, num_drafts=drafts, adapt_drafts=False))
+        always_right(engine, {0: said, 1: text})
+        engine.add(Request([60, 61], parameters))  # somebody who does not ask, in the same pass
+        engine.add(Request(prompt, parameters, wants_experts=wants))
+        told = run(engine)
+        for place, output in enumerate(told[1, 0], start=2):
+            assert output.experts == (tuple(tuple(layer[place]) for layer in chosen) if wants else ())
+        assert {output.experts for output in told[0, 0]} == {()}
 
 
 class OneOfEach:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from abyssal.engine.draft_payoff import DraftPayoff
 from abyssal.engine.drafter import BatchDrafter
+from abyssal.engine.expert_record import ExpertRecord
 from abyssal.engine.generate import check_prompt
 from abyssal.engine.load import LoadedModel
 from abyssal.engine.paged_cache import PagedLatentCache, PagedPass, Span
@@ -74,6 +75,7 @@ class _Pass:
     logits: Tensor  # [M, V]
     normalisers: list[float]
     likeliest: list[int]
+    experts: list[tuple[tuple[int, ...], ...]]  # of each place, if somebody wants them
 
 
 class Engine:
@@ -94,7 +96,7 @@ class Engine:
         """Serve `model`, which `use_latent_cache` has prepared.
 
         Args:
-            model: not changed.
+            model: its dispatchers of experts are listened to; otherwise not changed.
             options: see there.
             tokenizer: none leaves out all text; stop strings are refused then.
             end_ids: the tokens that end a text, where a request names none.
@@ -124,6 +126,7 @@ class Engine:
         self._cache = PagedLatentCache(
             config, num_pages, options.page_tokens, model.compute_dtype, model.head_weight.device
         )
+        self._record = ExpertRecord(model)
         self._drafter = BatchDrafter(model, self._cache)
         self._speculation = Speculation(max(self._num_drafts, 1))
         self._requests: dict[int, list[Continuation]] = {}
@@ -179,6 +182,7 @@ class Engine:
                 sampler=Sampler(request.parameters, request.prompt_ids, index, constraint),
                 end_ids=self._end_ids if request.end_ids is None else request.end_ids,
                 text=None if self._tokenizer is None else TextStream(self._tokenizer, request.parameters.stop),
+                wants_experts=request.wants_experts,
                 leader=continuations[0] if continuations and self.options.share_prefixes else None,
             )
             continuations.append(continuation)
@@ -242,7 +246,9 @@ class Engine:
         logits = self._model.logits(chosen)  # [M, V]
         only_decodes = all(continuation.is_decoding for continuation in shares)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _Pass(began, only_decodes, hidden, logits, wide.logsumexp(-1).tolist(), logits.argmax(-1).tolist())
+        experts = self._record.at(rows) if any(continuation.wants_experts for continuation in shares) else []
+        normalisers, likeliest = wide.logsumexp(-1).tolist(), logits.argmax(-1).tolist()
+        return _Pass(began, only_decodes, hidden, logits, normalisers, likeliest, experts)
 
     def _verify(self, shares: dict[Continuation, int], done: _Pass) -> list[Output]:
         """Sample at every place up to the first draft that is not the sampled token; count what is computed by now."""
@@ -288,7 +294,8 @@ class Engine:
                 text += continuation.text.flush()
             stopped = continuation.text.matched is not None
         reason: FinishReason | None = "stop" if stopped else "eos" if ended else "length" if full else None
-        return Output(*who, token, text, was_draft=token.id == draft, finish_reason=reason)
+        experts = done.experts[row] if continuation.wants_experts else ()
+        return Output(*who, token, text, token.id == draft, experts, reason)
 
     def _retire(self, outputs: list[Output]) -> None:
         """Let go of the texts that have ended; what they filled of the cache may serve later requests."""

@@ -19,7 +19,8 @@ class Request:
     """A prompt and how to continue it.
 
     `num_continuations` texts follow the prompt, each with random numbers of its own. `end_ids` end a text and are no
-    part of it; none given, the model's own. `constraint` makes what bars tokens, one for each text.
+    part of it; none given, the model's own. `constraint` makes what bars tokens, one for each text. `wants_experts`
+    asks for the experts behind each token.
     """
 
     prompt_ids: Sequence[int]
@@ -27,14 +28,16 @@ class Request:
     num_continuations: int = 1
     end_ids: frozenset[int] | None = None
     constraint: Callable[[], TokenConstraint] | None = None
+    wants_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """What one new token adds to a text, perhaps nothing; the last output of a text says why it ended.
 
-    `was_draft`: a draft said the same, so the token cost no pass of its own. A text that ended by a fault has a last
-    output without a token, with the `error`.
+    `was_draft`: a draft said the same, so the token cost no pass of its own. `experts`, if asked for: of the place
+    that said it, where the token before it went, for each layer that has experts, the weightiest first. A text that
+    ended by a fault has a last output without a token, with the `error`.
     """
 
     request_id: int
@@ -42,6 +45,7 @@ class Output:
     token: GeneratedToken | None
     text: str = ""
     was_draft: bool = False
+    experts: tuple[tuple[int, ...], ...] = ()
     finish_reason: FinishReason | Literal["error"] | None = None
     error: Exception | None = None
 
@@ -61,6 +65,7 @@ class Continuation:
     sampler: Sampler
     end_ids: frozenset[int]
     text: TextStream | None
+    wants_experts: bool = False
     leader: Continuation | None = None  # of the same prompt, which computes it for all
     num_computed: int = 0
     drafts: list[int] = field(default_factory=list)
