@@ -362,6 +362,18 @@ def test_every_field_of_a_recipe_is_in_the_table_with_its_default() -> None:
             assert written in ("", "the file's"), name
 
 
+def test_every_sampling_parameter_is_in_the_table_with_its_default() -> None:
+    from abyssal.engine import SamplingParameters
+
+    text = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    table = text.partition("## What a request can ask")[2].partition("## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\| ", table, re.MULTILINE))
+    assert set(rows) == {field.name for field in fields(SamplingParameters)}
+    for field in fields(SamplingParameters):
+        if isinstance(field.default, int | float):
+            assert float(rows[field.name]) == field.default, field.name
+
+
 def test_every_field_of_the_metrics_is_in_the_table() -> None:
     from abyssal.train.progress import Progress
     from abyssal.train.step import StepResult

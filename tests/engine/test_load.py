@@ -103,9 +103,9 @@ def test_do_sample_false_means_greedy(model_directory: Write) -> None:
 
 
 def test_a_sampling_field_that_is_not_implemented_is_told(model_directory: Write) -> None:
-    loaded = load_model(model_directory(generation={"repetition_penalty": 1.1, "use_cache": True, "min_p": None}))
+    loaded = load_model(model_directory(generation={"typical_p": 0.9, "use_cache": True, "min_p": None}))
     (note,) = loaded.defaults.notes
-    assert note.endswith("generation_config.json: repetition_penalty=1.1 is not implemented and has no effect")
+    assert note.endswith("generation_config.json: typical_p=0.9 is not implemented and has no effect")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ Legend: V vocabulary, D hidden.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,20 +13,13 @@ from torch import Tensor
 from abyssal.config import ModelConfig
 from abyssal.engine.kept_cache import KeptCache
 from abyssal.engine.latent_cache import ContiguousLatentCache
-from abyssal.engine.sampling import SamplingParameters, sample
-from abyssal.errors import ModelDirectoryError, UsageError
+from abyssal.engine.sampler import GeneratedToken, Sampler
+from abyssal.engine.sampling import SamplingParameters
+from abyssal.errors import UsageError
 from abyssal.model import Transformer
 
 #: Prompt tokens a pass takes: enough for full matrix products, also of the experts.
 PREFILL_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedToken:
-    """A token and its log-probability under the model itself: before temperature, top-k and top-p."""
-
-    id: int
-    logprob: float
 
 
 def new_token_limit(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -99,11 +90,11 @@ def _continue(
 ) -> Iterator[GeneratedToken]:
     """Yield up to `limit` tokens; see `generate`."""
     device = model.head_weight.device
-    generator = parameters.generator()
+    sampler = Sampler(parameters, prompt_ids)
     pending = prompt_ids[kept.resume(prompt_ids, len(prompt_ids) + limit - 1) :]  # the last token is never fed back
     for _ in range(limit):
         kept.note(pending)
-        token = choose(next_logits(model, torch.tensor(pending, device=device), kept.cache), parameters, generator)
+        token = sampler.choose(next_logits(model, torch.tensor(pending, device=device), kept.cache))
         yield token
         if token.id in eos_ids:
             return
@@ -141,21 +132,3 @@ def run_pass(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache) -
     if cache.lengths[0] != expected:  # another core attends to the new tokens alone, and nobody would notice
         raise RuntimeError("the model's layers do not write to the latent cache; call use_latent_cache(model) first")
     return hidden
-
-
-@torch.inference_mode()
-def choose(logits: Tensor, parameters: SamplingParameters, generator: torch.Generator) -> GeneratedToken:
-    """Sample from logits [V] and return the token with its log-probability, taken in at least fp32.
-
-    Raises:
-        ModelDirectoryError: the logits are not finite.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = float(wide.logsumexp(-1))
-    if not math.isfinite(normaliser):
-        raise ModelDirectoryError(
-            f"the model's logits are not finite (log of their sum: {normaliser}): its weights are damaged, "
-            f"or {str(logits.dtype).removeprefix('torch.')} is too narrow for them; try dtype=float32 or another copy"
-        )
-    token = sample(wide, parameters, generator)
-    return GeneratedToken(token, float(wide[token]) - normaliser)
