@@ -1,11 +1,12 @@
-"""From a model directory to first logits: Abyssal against transformers, a synthetic directory of 1.5B parameters in bf16.
+"""From a model directory to first logits: Abyssal against transformers, 1.5B random parameters in bf16.
 
     python bench/load.py
 
 Each candidate runs in a process of its own, in turns; its imports are timed apart. What is measured is loading and one
 forward pass over a short prompt: `load_model` and a pass over the latent cache, against
 `AutoModelForCausalLM.from_pretrained` and its forward, with the tokenizer in both. The files are warm: read once
-before. The least of the rounds counts. Both sets of logits are compared.
+before each run. The fastest of the rounds counts. The angle between both sets of logits is stated: bf16 and random
+routing leave it well away from 1; that both compute the same is shown in fp32 by bench/roundtrip.py.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from record import record
 
 CANDIDATES = ("abyssal", "transformers")
 PROMPT = [0, 5, 70, 123, 7, 250, 33, 4]
-#: 1.51B parameters, most of them in 16 x 24 experts.
+#: 1.5B parameters, most of them in 16 layers of 28 experts.
 CONFIG = ModelConfig(
     vocab_size=32000,
     hidden_size=1024,
     intermediate_size=4096,
-    moe_intermediate_size=896,
+    moe_intermediate_size=960,
     num_hidden_layers=17,
     num_attention_heads=16,
     q_lora_rank=512,
@@ -110,8 +111,16 @@ def first_logits(name: str, folder: Path) -> dict[str, Any]:
         "forward_s": end - ready,
         "total_s": end - imported,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "logits": logits.float()[:500].tolist(),
+        "logits": logits.float().tolist(),
     }
+
+
+def warm(folder: Path) -> None:
+    """Read every file once, so that the system holds it in memory."""
+    for path in folder.iterdir():
+        with path.open("rb", buffering=0) as file:
+            while file.read(2**24):
+                pass
 
 
 def measure(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
@@ -119,6 +128,7 @@ def measure(folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
         for name in CANDIDATES:
+            warm(folder)
             command = [sys.executable, __file__, "--candidate", name, "--folder", str(folder)]
             result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             shown = ", ".join(f"{part[:-2]} {result[part]:.2f} s" for part in ("import_s", "load_s", "forward_s"))
@@ -143,20 +153,18 @@ def main() -> None:
         if not folder.exists():
             write_directory(folder)
         parameters = sum(spec.numel for spec in memory_tensors(CONFIG))
-        for file in folder.iterdir():
-            file.read_bytes()
         best = measure(folder, arguments.rounds)
     ours, theirs = (torch.tensor(best[name].pop("logits")) for name in CANDIDATES)
-    difference = float((ours - theirs).norm() / theirs.norm())
+    cosine = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
     ratio = best["transformers"]["total_s"] / best["abyssal"]["total_s"]
     figures = {
         "parameters": parameters,
         "runs": {name: {part: round(value, 3) for part, value in run.items()} for name, run in best.items()},
-        "difference_of_logits": round(difference, 5),
+        "cosine_of_logits": round(cosine, 4),
         "ratio": round(ratio, 2),
     }
     path = record("load", " ".join(["python", "bench/load.py", *sys.argv[1:]]), figures)
-    print(f"abyssal is {ratio:.2f}x as fast to first logits; logits differ by {difference:.2%}; written to {path}")
+    print(f"abyssal is {ratio:.2f}x as fast to first logits; cosine of the logits {cosine:.3f}; written to {path}")
 
 
 if __name__ == "__main__":

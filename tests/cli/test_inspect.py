@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from abyssal.cli.inspect import describe_schedule
 from abyssal.cli.main import main
@@ -65,9 +67,47 @@ def test_a_model_directory_needs_only_its_config(run, model_dir):
     assert code == 0
     assert "15,706,485,888" in out
     assert "steps of" not in out
+    assert "weights  no files" in out
     facts = json.loads(run("inspect", model_dir, "--json")[1])
     assert "run" not in facts
     assert facts["parameters"] == json.loads(run("inspect", "v3_16b", "--json")[1])["parameters"]
+
+
+def test_the_files_of_a_model_directory_are_described(run, model_folder):
+    code, out, err = run("inspect", str(model_folder))
+    facts = json.loads(run("inspect", str(model_folder), "--json")[1])["weights"]
+    held = load_file(model_folder / "model.safetensors")
+    assert (code, err) == (0, "")
+    assert facts["bytes"] == sum(facts["bytes_by_dtype"].values()) == sum(t.nbytes for t in held.values())
+    assert facts["num_tensors"] == len(held)
+    assert f"{len(held)} tensors in 1 file: {byte_size(facts['bytes'])} F32" in out
+    assert "experts one by one, head own, 1 of 1 MTP modules" in out
+    for word in ("missing", "surplus", "no file"):
+        assert word not in out
+
+
+def test_what_is_wrong_with_the_files_is_shown_and_is_no_failure(run, model_folder):
+    held = load_file(model_folder / "model.safetensors")
+    del held["lm_head.weight"]
+    del held["model.layers.2.mlp.experts.4.up_proj.weight"]
+    save_file(held | {"model.norm.weight": torch.ones(7), "odd": torch.ones(1)}, model_folder / "model.safetensors")
+    (model_folder / "tokenizer.json").unlink()
+    code, out, _ = run("inspect", str(model_folder))
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert code == 0
+    assert "lm_head.weight" in lines["missing"]
+    assert "model.layers.2.mlp.experts.4.up_proj.weight" in lines["missing"]
+    assert lines["surplus"].split() == ["surplus", "odd"]
+    assert "model.norm.weight is [7] instead of [20]" in lines["shape"]
+    assert lines["no"].split() == ["no", "file", "tokenizer.json"]
+
+
+def test_damaged_files_are_a_failure(run, model_folder):
+    file = model_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    code, out, err = run("inspect", str(model_folder))
+    assert (code, out) == (1, "")
+    assert "truncated, or not a safetensors file" in err
 
 
 def test_set_changes_the_recipe(run):

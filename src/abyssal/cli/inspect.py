@@ -27,7 +27,7 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, all figures exact.")] = False,
 ) -> None:
-    """Show parameters, FLOPs and cache of a model, and the schedules of a run; nothing is trained or loaded.
+    """Show parameters, FLOPs and cache of a model, its files or the schedules of its run; no weight is read.
 
     Examples:
 
@@ -54,6 +54,8 @@ def inspect(
     facts = model_facts(model, run.train.sequence_length if run else min(USUAL_LENGTH, model.max_position_embeddings))
     if run:
         facts |= {"name": run.name, "description": run.description, "run": run_facts(run)}
+    else:
+        facts["weights"] = weight_facts(Path(target), model)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -64,6 +66,8 @@ def inspect(
     print_model(console, facts)
     if run:
         print_run(console, run, facts["run"])
+    else:
+        print_weights(console, facts["weights"], model)
 
 
 def model_facts(model: ModelConfig, length: int) -> dict[str, Any]:
@@ -95,6 +99,23 @@ def model_facts(model: ModelConfig, length: int) -> dict[str, Any]:
         "cache_bytes_per_token": cache_bytes_per_token(model),
         "max_position_embeddings": model.max_position_embeddings,
     }
+
+
+def weight_facts(folder: Path, model: ModelConfig) -> dict[str, Any] | None:
+    """Return what the headers of a model directory's weight files say; none where there is no such file.
+
+    Raises:
+        ModelDirectoryError: files that are damaged, missing or not safetensors.
+    """
+    from dataclasses import asdict
+
+    from abyssal.checkpoint.inventory import has_weights, take_inventory
+    from abyssal.checkpoint.model_directory import ModelReader
+
+    if not has_weights(folder):
+        return None
+    inventory = take_inventory(ModelReader(folder, model))
+    return asdict(inventory) | {"bytes": inventory.bytes}
 
 
 def run_facts(run: RunConfig) -> dict[str, Any]:
@@ -149,6 +170,34 @@ def print_model(console: Console, facts: dict[str, Any]) -> None:
             f"context of {facts['max_position_embeddings']:,}",
         ),
     ]
+    console.print()
+    _print_rows(console, rows)
+
+
+def print_weights(console: Console, facts: dict[str, Any] | None, model: ModelConfig) -> None:
+    """Print what the files hold, how it lies in them, and what is missing or does not belong there."""
+    from rich.markup import escape
+
+    from abyssal.cli.numbers import byte_size
+
+    if facts is None:
+        rows = [("weights", "no files")]
+    else:
+        files, sizes = facts["num_files"], facts["bytes_by_dtype"]
+        by_dtype = ", ".join(f"{byte_size(size)} {dtype}" for dtype, size in sizes.items())
+        scales = f"; FP8 with scales in {' and '.join(facts['scales'])}" if facts["scales"] else ""
+        modules = model.num_nextn_predict_layers
+        layout = f"experts {facts['experts']}, head {facts['head']}, {facts['mtp_modules']} of {modules} MTP modules"
+        rows = [
+            ("weights", f"{facts['num_tensors']:,} tensors in {files} file{'s' if files > 1 else ''}: {by_dtype}"),
+            ("layout", layout + scales),
+        ]
+        for kind in ("missing", "surplus"):
+            rows += [(kind, escape(", ".join(facts[kind])))] if facts[kind] else []
+        for kind, heading in (("misshaped", "shape"), ("mistyped", "type")):
+            rows += [(heading, escape(f"{name} is {fault}")) for name, fault in facts[kind].items()]
+        if facts["missing_files"]:
+            rows.append(("no file", ", ".join(facts["missing_files"])))
     console.print()
     _print_rows(console, rows)
 

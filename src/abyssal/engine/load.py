@@ -129,6 +129,10 @@ def _materialise(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     with torch.device("meta"):
         model = Transformer(config, choose_kernels(device, dtype), compute_dtype=dtype)
     for module in model.modules():
+        # torch.empty, since to_empty's empty_like of a meta tensor imports sympy: a second
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
-    return model.to_empty(device=device)
+            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+    return model
