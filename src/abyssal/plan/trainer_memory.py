@@ -1,6 +1,6 @@
 """What Abyssal's own trainer keeps of a micro-batch: autograd's saved tensors, as they are.
 
-Nothing is computed again. Norms keep a copy in fp32; attention keeps its probabilities up to `LONGEST` tokens; the
+Nothing is computed again. Norms keep their rows before and after the scale; attention keeps its probabilities up to `LONGEST` tokens; the
 cross-entropy keeps the head's gradient instead of logits. bench/plan.py compares this with what autograd holds.
 """
 
@@ -10,8 +10,8 @@ from abyssal.plan.operations import GRADIENT, VALUE, Work
 
 #: Of abyssal.ops.attention: up to so many tokens probabilities are kept, in blocks of so many rows.
 LONGEST, BLOCK = 1024, 128
-#: A norm's input in fp32, and in bf16 the same normalised and scaled.
-NORM = 4 + 2 * VALUE
+#: A norm's rows, normalised and scaled; its input is the residual, which nobody keeps.
+NORM = 2 * VALUE
 #: Tensors of an FFN's width that autograd keeps: gate, up, silu(gate), their product.
 FFN_TENSORS = 4
 
