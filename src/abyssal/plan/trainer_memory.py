@@ -1,7 +1,8 @@
 """What Abyssal's own trainer keeps of a micro-batch: autograd's saved tensors, as they are.
 
-Nothing is computed again. Norms keep their rows before and after the scale; attention keeps its probabilities up to `LONGEST` tokens; the
-cross-entropy keeps the head's gradient instead of logits. bench/plan.py compares this with what autograd holds.
+Nothing is computed again. Norms keep their rows before and after the scale; attention keeps its probabilities up to
+`LONGEST` tokens; the cross-entropy keeps the head's gradient instead of logits. bench/plan.py compares this with what
+autograd holds.
 """
 
 from __future__ import annotations
