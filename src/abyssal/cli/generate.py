@@ -1,4 +1,4 @@
-"""`abyssal generate`: continue a prompt with a model directory."""
+"""`abyssal generate`: continue a prompt with a model directory, or every prompt of a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abyssal.errors import DataError
+from abyssal.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from abyssal.engine import FinishReason, SamplingParameters, Speculation
@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL_DIR", help="A folder with config.json, safetensors and tokenizer.json.")
 ]
-Prompt = Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")]
+Prompt = Annotated[str | None, typer.Option(help="Text to continue; - reads it from standard input.")]
+Input = Annotated[
+    Path | None, typer.Option("--input", help="Many prompts or conversations at once: a JSONL file, a line each.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Where the answers to --input go; the same command goes on with it.")
+]
+MaxRunning = Annotated[int, typer.Option(help="Lines of --input that run at a time.")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(help="Add at most so many tokens.", show_default="the model's, else 128")
 ]
@@ -49,7 +56,10 @@ Bos = Annotated[bool, typer.Option("--bos/--no-bos", help="Whether the prompt st
 def generate(
     model: Model,
     *,
-    prompt: Prompt,
+    prompt: Prompt = None,
+    input_file: Input = None,
+    output_file: Output = None,
+    max_running: MaxRunning = 16,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -69,7 +79,9 @@ def generate(
         abyssal generate runs/demo/model --prompt 'class Stack:'
         abyssal generate runs/demo/model --prompt - --stop 'def ' < main.py
         abyssal generate runs/demo/model --prompt 'import os' --speculate
+        abyssal generate runs/demo/model --input prompts.jsonl --output out.jsonl
     """
+    from abyssal.cli.batch import BatchCommand
     from abyssal.cli.model_argument import refuse_run_folder
     from abyssal.engine import SamplingParameters, load_model, new_token_limit, speculation_for, stream_text
 
@@ -84,6 +96,14 @@ def generate(
     given = {name: value for name, value in asked.items() if value is not None}
     SamplingParameters(**given)  # type: ignore[arg-type] # refuse a bad option before minutes of loading
     refuse_run_folder(model)
+    if input_file is not None or output_file is not None:
+        if input_file is None or output_file is None or prompt is not None:
+            raise UsageError("--input and --output go together, without --prompt")
+        if speculate:
+            raise UsageError("--speculate: many lines are drafted for wherever it pays; --drafts 0 makes none")
+        return BatchCommand(model, input_file, output_file, given, dtype, device, bos, drafts, max_running).run()
+    if prompt is None:
+        raise UsageError("give a --prompt, or many with --input and --output; see: abyssal generate --help")
     text = _standard_input() if prompt == "-" else prompt
     loaded = load_model(model, dtype=dtype, device=device)
     speculation = speculation_for(loaded.config, drafts) if speculate or drafts is not None else None
