@@ -69,9 +69,7 @@ class BatchCommand:
                     f"the first is line {number}: {sentence}"
                 )
 
-    def _answer(
-        self, batch: BatchInput, output: BatchOutput, todo: list[BatchLine], options: EngineOptions
-    ) -> None:
+    def _answer(self, batch: BatchInput, output: BatchOutput, todo: list[BatchLine], options: EngineOptions) -> None:
         """Load the model, answer the lines to do, and print a summary."""
         from abyssal.engine import Engine, load_model
         from abyssal.engine.batch import answer_batch

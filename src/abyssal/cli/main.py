@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from abyssal import __version__
+from abyssal.cli.bench import bench
 from abyssal.cli.demo import demo
 from abyssal.cli.doctor import doctor
 from abyssal.cli.generate import generate
@@ -25,6 +26,7 @@ INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 app = typer.Typer(name="abyssal", add_completion=False, pretty_exceptions_enable=False)
 for command in (demo, train, generate, report, prepare, inspect, recipes, doctor):
     app.command()(command)
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,7 +13,6 @@ from abyssal.checkpoint.atomic import explain, lock_file
 from abyssal.engine.batch_input import BatchLine
 from abyssal.errors import DataError, UsageError
 
-
 #: Of every record; what ends without a line's end and does not begin so is somebody else's text.
 BEGINNING = b'{"line": '
 
