@@ -35,10 +35,10 @@ class Request:
 class Output:
     """What one new token adds to a text, perhaps nothing; the last output of a text says why it ended.
 
-    `draft` is what the MTP modules said at its place, if anything; `was_draft`: the same, so the token cost no pass of its
-    own. `experts`, if asked for: of the place
-    that said it, where the token before it went, for each layer that has experts, the weightiest first. A text that
-    ended by a fault has a last output without a token, with the `error`.
+    `draft` is what the MTP modules said at the token's place, if anything; `was_draft`: they said the token, so it
+    cost no pass of its own. `experts`, if asked for: of the place that said the token, where the one before it went,
+    for each layer that has experts, the weightiest first. A text that ended by a fault has a last output without a
+    token, with the `error`.
     """
 
     request_id: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -59,10 +59,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events end or the client leaves."""
-        try:
+        with suppress(GoneError, OSError):  # nobody is there to hear more
             await while_connected(receive, self._write(send))
-        except (GoneError, OSError):  # nobody is there to hear more
-            pass
 
     async def _write(self, send: Send) -> None:
         async with aclosing(self._events) as events:
