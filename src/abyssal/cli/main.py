@@ -18,13 +18,14 @@ from abyssal.cli.inspect import inspect
 from abyssal.cli.prepare import prepare
 from abyssal.cli.recipes import recipes
 from abyssal.cli.report import report
+from abyssal.cli.serve import serve
 from abyssal.cli.train import train
 from abyssal.errors import AbyssalError, Stopped
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 app = typer.Typer(name="abyssal", add_completion=False, pretty_exceptions_enable=False)
-for command in (demo, train, generate, report, prepare, inspect, recipes, doctor):
+for command in (demo, train, generate, serve, report, prepare, inspect, recipes, doctor):
     app.command()(command)
 app.add_typer(bench)
 
