@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from abyssal.errors import UsageError
 
 #: Short common words, mostly a token each.
-WORDS = (
+_TEXT = (
     "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which "
     "one you were all her she there would their we him been has when who will no more if out so up said what its "
     "about than into them can only other time new some could these two may first then do any like my now over such "
     "our man me even most made after also did many off before must well back through years much where your way down "
     "should because long each just state those people too mr how little good world make very year still see own work "
     "men day get here"
-).split()
+)
+WORDS = tuple(_TEXT.split())
 
 
 @dataclass(frozen=True)

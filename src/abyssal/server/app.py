@@ -16,6 +16,7 @@ from abyssal import __version__
 from abyssal.engine import AsyncEngine, Engine, EngineOptions, LoadedModel
 from abyssal.errors import AbyssalError
 from abyssal.server.answers import Answer
+from abyssal.server.chat_page import add_chat_page
 from abyssal.server.connection import EventStream, NoResponse, while_connected
 from abyssal.server.faults import ApiError, fault_of
 from abyssal.server.fields import ChatFields, CompletionFields, GenerationFields
@@ -65,6 +66,7 @@ def create_app(
     _add_completions(app, service)
     _add_models(app, options.model_name, service.context_length)
     _add_health(app, service)
+    add_chat_page(app, service)
     return app
 
 
