@@ -29,7 +29,7 @@ from typing import Any
 
 KEY = "storm-key"
 MODEL = "storm"
-POSITIONS = 256
+POSITIONS = 1024
 MAX_BODY_BYTES = 20_000
 TIMEOUT_S = 120
 #: Memory that the process may gain between the first quarter of the requests and the last.
@@ -139,7 +139,7 @@ def wrong_body(source: random.Random) -> tuple[str, dict[str, Any] | bytes, int]
         ("wrong value", {**body, source.choice(["temperature", "top_p", "max_tokens", "n"]): -3}, 400),
         ("unknown field", {**body, "max_token": 3}, 400),
         ("surrogate", {**body, "messages": [{"role": "user", "content": "\ud800"}]}, 400),
-        ("too long", {**body, "messages": [{"role": "user", "content": "é" * 200}]}, 400),
+        ("too long", {**body, "messages": [{"role": "user", "content": "é" * 700}]}, 400),
         ("too many tokens", {**body, "max_tokens": 10**9}, 400),
         ("too large", {**body, "user": "x" * MAX_BODY_BYTES}, 413),
         ("unknown model", {**body, "model": "gpt"}, 404),
@@ -273,7 +273,7 @@ def start(folder: Path) -> Server:
     log = folder / "stderr"
     arguments = ["serve", str(folder / "model"), "--port", "0", "--name", MODEL, "--api-key", KEY, "--threads", "1"]
     arguments += ["--max-running", "8", "--max-queue", "48", "--max-body-bytes", str(MAX_BODY_BYTES)]
-    arguments += ["--cache-bytes", "80000", "--drain-seconds", "20"]  # pages for about half of what may run
+    arguments += ["--cache-bytes", "200000", "--drain-seconds", "20"]  # for 833 tokens: less than what may run
     with log.open("wb") as errors, (folder / "access").open("wb") as access:
         process = subprocess.Popen([sys.executable, "-m", "abyssal", *arguments], stdout=access, stderr=errors)
     for _ in range(1200):

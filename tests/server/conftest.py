@@ -24,7 +24,7 @@ from abyssal.text.chat import ChatTemplate
 from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
 
-POSITIONS = 480
+POSITIONS = 800
 ENGINE = EngineOptions(max_running=4, page_tokens=8, num_drafts=1, adapt_drafts=False)
 
 

@@ -154,7 +154,7 @@ def test_a_json_object_without_a_schema(serve: Any, within_seconds: Any) -> None
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "make_thing"}}])
 def test_a_tool_is_called_and_its_result_goes_back(serve: Any, within_seconds: Any, choice: Any) -> None:
-    asked = fields(tools=[TOOL], tool_choice=choice, parallel_tool_calls=False, max_tokens=200)
+    asked = fields(tools=[TOOL], tool_choice=choice, parallel_tool_calls=False, max_tokens=400)
     template = ChatTemplate({"default": TOOL_TEMPLATE}, {"bos_token": "<｜begin▁of▁sentence｜>"})
 
     async def scenario() -> None:
@@ -291,7 +291,7 @@ def test_the_one_model_is_listed(serve: Any, within_seconds: Any) -> None:
         async with serve(model_name="a/b c") as served:
             models = await served.openai.models.list()
             assert [model.id for model in models.data] == ["a/b c"]
-            assert (await served.http.get("/v1/models/a/b c")).json()["max_model_len"] == 480
+            assert (await served.http.get("/v1/models/a/b c")).json()["max_model_len"] == 800
             assert (await served.http.get("/health")).json() == {"status": "ok"}
 
     within_seconds(scenario())

@@ -15,7 +15,7 @@ from abyssal.server import ServerOptions
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-SLOW = {**BODY, "max_tokens": 440, "ignore_eos": True}
+SLOW = {**BODY, "max_tokens": 150, "ignore_eos": True}
 
 
 def check(answer: Any, status: int, words: str, code: str | None = None, param: str | None = None) -> None:
@@ -114,12 +114,12 @@ def test_statuses_of_what_is_not_there(serve: Any, within_seconds: Any) -> None:
 
 def test_a_prompt_that_is_too_long_is_400(serve: Any, within_seconds: Any) -> None:
     async def scenario() -> None:
-        long = {**BODY, "messages": [{"role": "user", "content": "x" * 600}]}
+        long = {**BODY, "messages": [{"role": "user", "content": "x" * 900}]}
         async with serve() as served:
             answer = await served.http.post(CHAT, json=long)
-            check(answer, 400, "at most 479 are allowed here", "context_length_exceeded", "messages")
-            answer = await served.http.post(CHAT, json=BODY | {"max_tokens": 476})
-            check(answer, 400, "only 475 tokens fit behind this prompt", "context_length_exceeded", "max_tokens")
+            check(answer, 400, "at most 799 are allowed here", "context_length_exceeded", "messages")
+            answer = await served.http.post(CHAT, json=BODY | {"max_tokens": 796})
+            check(answer, 400, "only 795 tokens fit behind this prompt", "context_length_exceeded", "max_tokens")
         async with serve(max_prompt_tokens=4) as served:
             check(
                 await served.http.post(CHAT, json=BODY),
@@ -208,7 +208,7 @@ def test_a_server_that_drains_refuses_and_lets_end(serve: Any, within_seconds: A
             check(await served.http.post(CHAT, json=BODY), 503, "about to stop", "shutting_down")
             check(await served.http.get("/health"), 503, "about to stop", "shutting_down")
             assert await draining
-            assert (await slow).json()["usage"]["completion_tokens"] == 440
+            assert (await slow).json()["usage"]["completion_tokens"] == 150
 
     within_seconds(scenario())
 
