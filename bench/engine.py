@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from abyssal.config import ModelConfig, load_recipe
-from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters, generate, use_latent_cache
+from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters, generate, prepare_for_inference
 from abyssal.machine.describe import available_cores
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 def build(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     model = initialise(Transformer(config, choose_kernels(CPU, dtype), dtype), 0).to(dtype).requires_grad_(False)
-    use_latent_cache(model)
+    prepare_for_inference(model)
     return model
 
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 LANGUAGES = {"console", "sh", "python", "toml"}
 RUN = {"inspect", "recipes", "generate"}  # cheap; the other commands are parsed, and their recipes resolved
 WIDTH = "120"
+SERVER = "http://127.0.0.1:8000"  # in examples that are clients
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def test_example_in_the_help_is_a_command(command: str, place: Path) -> None:
 
 
 def test_help_of_commands_with_arguments_has_examples() -> None:
-    assert {line.split()[1] for line in HELP} == {"demo", "train", "generate", "report", "prepare", "inspect"}
+    assert {line.split()[1] for line in HELP} == {"demo", "train", "generate", "serve", "report", "prepare", "inspect"}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,35 @@ def test_python_example_runs(fence: Fence, place: Path, request: pytest.FixtureR
         pytest.importorskip("transformers", reason="the example opens the model with transformers")
     if "runs/demo/data" in fence.text:
         prepare_data(request.getfixturevalue("small_run"), place / "runs" / "demo" / "data")
-    exec(compile(fence.text, str(fence), "exec"), {"__name__": "example"})
+    text = fence.text
+    with contextlib.ExitStack() as until_done:
+        if SERVER in text:
+            text = text.replace(SERVER, until_done.enter_context(serving(place / "runs" / "demo" / "model")))
+        exec(compile(text, str(fence), "exec"), {"__name__": "example"})
+
+
+@contextlib.contextmanager
+def serving(model: Path) -> Iterator[str]:
+    """Serve a model directory in a thread and give its address."""
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    pytest.importorskip("openai", reason="the example is a client of OpenAI's")
+    from abyssal.engine import load_model
+    from abyssal.server import ServerOptions, create_app
+    from abyssal.server.process import listen
+    from abyssal.text.chat import ChatTemplate
+
+    options = ServerOptions(model_name="demo")
+    app = create_app(load_model(model), template=ChatTemplate.load(model), options=options)
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def prepare_data(run: RunConfig, folder: Path) -> None:
@@ -362,6 +392,31 @@ def test_every_sampling_parameter_is_in_the_table_with_its_default() -> None:
     for field in fields(SamplingParameters):
         if isinstance(field.default, int | float):
             assert float(rows[field.name]) == field.default, field.name
+
+
+def test_every_field_of_a_request_is_in_the_table() -> None:
+    from abyssal.server.fields import ChatFields, CompletionFields
+
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    table = text.partition("## Fields of a request")[2].partition("`usage` counts")[0]
+    cells = re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) == len(set(names))
+    assert set(names) == {*ChatFields.model_fields, *CompletionFields.model_fields}
+
+
+def test_every_metric_of_the_server_is_named() -> None:
+    from abyssal.engine import EngineStatistics
+    from abyssal.server.metrics import Metrics
+
+    numbers = {field.name: 1 for field in fields(EngineStatistics)} | {"drafted": (2,), "accepted": (1,)}
+    metrics = Metrics("any", lambda: EngineStatistics(**numbers))
+    metrics.count_answer("/", 200)
+    metrics.count_ended("stop")
+    families = dict(re.findall(r"^# TYPE (\S+) (\w+)$", metrics.text().decode(), re.MULTILINE))
+    served = {name for name in families if not name.endswith("_created")}
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`((?:vllm|abyssal):\w+)`", text)) == served
 
 
 def test_every_field_of_the_metrics_is_in_the_table() -> None:

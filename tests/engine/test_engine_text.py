@@ -57,7 +57,7 @@ def always_right(engine: Engine, future: Mapping[int, list[int]]) -> None:
     engine._drafter.draft = draft  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("drafts", [0, 1, 4])
+@pytest.mark.parametrize("drafts", [0, 4])
 def test_stop_strings_end_each_text_as_they_end_it_alone(loaded: LoadedModel, drafts: int) -> None:
     prompts = [loaded.encode_prompt(text) for text in ("def f", "return x", "x")]
     free = [list(stream_text(loaded, ids, SamplingParameters(30, temperature=0))) for ids in prompts]
@@ -68,7 +68,7 @@ def test_stop_strings_end_each_text_as_they_end_it_alone(loaded: LoadedModel, dr
     always_right(engine, future)
     for ids, chunks in zip(prompts, free, strict=True):
         text = "".join(chunk.text for chunk in chunks)
-        for place in range(1, len(text) - 3, 7):
+        for place in range(1, len(text) - 3, 11):
             parameters = SamplingParameters(30, temperature=0, stop=("never", text[place : place + 2]))
             request_id = engine.add(Request(ids, parameters))
             asked[request_id] = (ids, parameters)

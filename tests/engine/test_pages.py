@@ -87,7 +87,7 @@ class Tables(RuleBasedStateMachine):
         assert self.pool.num_used == 0
 
 
-Tables.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Tables.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 test_pages_are_shared_by_content_and_never_twice_in_use = Tables.TestCase
 
 

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
+import openai
 import pytest
-
-pytest.importorskip("fastapi", reason="the extra serve is not installed")
-httpx = pytest.importorskip("httpx2", reason="OpenAI's client, which brings httpx2, is not installed")
-openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
-
 import torch
 from fastapi import FastAPI
 
@@ -27,7 +24,7 @@ from abyssal.text.chat import ChatTemplate
 from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
 
-POSITIONS = 480
+POSITIONS = 800
 ENGINE = EngineOptions(max_running=4, page_tokens=8, num_drafts=1, adapt_drafts=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -31,7 +32,7 @@ def parse(text: str, cuts: list[int], **options: bool) -> list[Piece]:
     """Return the pieces of a text that comes in parts."""
     parser = OutputParser(**options)
     borders = sorted({0, *(cut % (len(text) + 1) for cut in cuts), len(text)})
-    pieces = [piece for a, b in zip(borders, borders[1:], strict=False) for piece in parser.push(text[a:b])]
+    pieces = [piece for a, b in itertools.pairwise(borders) for piece in parser.push(text[a:b])]
     return pieces + parser.flush()
 
 

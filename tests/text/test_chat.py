@@ -165,7 +165,15 @@ def expression(draw: random.Random, depth: int) -> str:
     one, two = expression(draw, depth - 1), expression(draw, depth - 1)
     form = draw.choice(
         (
-            *("{a} ~ {b}", "{a} + {b}", "{a} * 2", "{a} == {b}", "{a} if {b} else t", "[{a}, {b}]", "({a} | string)[1:]"),
+            *(
+                "{a} ~ {b}",
+                "{a} + {b}",
+                "{a} * 2",
+                "{a} == {b}",
+                "{a} if {b} else t",
+                "[{a}, {b}]",
+                "({a} | string)[1:]",
+            ),
             *("{a} | string", "{a} | length", "[{a}, {b}] | join('-')", "{a} is string", "{{'k': {a}}}.k"),
             *(
                 "{a} % {b}",

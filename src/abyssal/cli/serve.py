@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,18 +88,20 @@ def serve(
         drain_timeout_s=drain_seconds,
     )
     engine_options = EngineOptions(max_running=max_running, cache_bytes=cache_bytes, num_drafts=drafts)
-    listener = listen(host, port)  # before minutes of loading
-    if not (is_loopback(listener) or api_key):
+    with closing(listen(host, port)) as listener:  # before minutes of loading
+        if not (is_loopback(listener) or api_key):
+            typer.echo(
+                f"warning: {host} can be reached from other machines, and nobody needs a key; see --api-key", err=True
+            )
+        loaded = load_model(model, dtype=dtype, device=device, threads=threads)
+        app = create_app(loaded, template=_template(model), options=options, engine_options=engine_options)
+        set_up_logging(access=access_log)
+        address, bound_port = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
         typer.echo(
-            f"warning: {host} can be reached from other machines, and nobody needs a key; see --api-key", err=True
+            f"serving {options.model_name} at http://{shown}:{bound_port}/v1; Ctrl-C or SIGTERM ends it", err=True
         )
-    loaded = load_model(model, dtype=dtype, device=device, threads=threads)
-    app = create_app(loaded, template=_template(model), options=options, engine_options=engine_options)
-    set_up_logging(access=access_log)
-    address, bound_port = listener.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
-    typer.echo(f"serving {options.model_name} at http://{shown}:{bound_port}/v1; Ctrl-C or SIGTERM ends it", err=True)
-    run_server(app, listener, drain_timeout_s=drain_seconds)
+        run_server(app, listener, drain_timeout_s=drain_seconds)
 
 
 def _template(model: Path) -> ChatTemplate | None:

@@ -2,9 +2,10 @@
 
 from abyssal.engine.driver import AsyncEngine, DrainingError, EngineFailedError, QueueFullError, Stream
 from abyssal.engine.engine import Engine, EngineOptions
-from abyssal.engine.generate import generate, new_token_limit, use_latent_cache
+from abyssal.engine.generate import generate, new_token_limit
 from abyssal.engine.latent_cache import ContiguousLatentCache
 from abyssal.engine.load import LoadedModel, load_model
+from abyssal.engine.prepare import prepare_for_inference, use_latent_cache
 from abyssal.engine.request import Output, Request
 from abyssal.engine.sampler import GeneratedToken, TokenConstraint
 from abyssal.engine.sampling import SamplingParameters, sample
@@ -36,6 +37,7 @@ __all__ = [
     "generate_speculatively",
     "load_model",
     "new_token_limit",
+    "prepare_for_inference",
     "sample",
     "speculation_for",
     "stream_text",

@@ -10,8 +10,8 @@ from torch import nn
 
 from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
 from abyssal.config import ModelConfig
-from abyssal.engine.generate import use_latent_cache
 from abyssal.engine.generation_config import GenerationDefaults, read_generation_defaults
+from abyssal.engine.prepare import prepare_for_inference
 from abyssal.errors import ModelDirectoryError, UsageError, nearest
 from abyssal.model import Transformer
 from abyssal.ops.kernels import choose_kernels
@@ -73,7 +73,7 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threa
     defaults = read_generation_defaults(path, config)
     model = _materialise(config, _stored_dtype(reader) if dtype == "auto" else DTYPES[dtype], place)
     load_into(model, reader)
-    use_latent_cache(model)
+    prepare_for_inference(model)
     return LoadedModel(model, tokenizer, config, defaults)
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from abyssal.config import ModelConfig
 from abyssal.model import Context
+from abyssal.ops.latent_attention import PaddedLatents
+
+ROUND = 64  # each new length of what several texts read costs the matrix library a kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class PagedLatentCache:
         """Allocate `num_pages` pages of `page_tokens` places for all layers, MTP layers included."""
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.page_tokens = page_tokens
-        self._storage = torch.empty((config.num_layers, num_pages, page_tokens, width), dtype=dtype, device=device)
+        # Zeros: what stands behind a short text is multiplied with weights of 0 beside longer ones.
+        self._storage = torch.zeros((config.num_layers, num_pages, page_tokens, width), dtype=dtype, device=device)
 
     @property
     def bytes(self) -> int:
@@ -67,24 +71,32 @@ class PagedPass:
 
     def __init__(self, storage: Tensor, spans: Sequence[Span]) -> None:
         """Work out the places once for all layers; `storage` is [L, P, page_tokens, C+R]."""
-        size = storage.shape[2]
         self._storage, self.num_appended = storage, 0
+        size = self._page_tokens = storage.shape[2]
         slots = [
             span.pages[place // size] * size + place % size
             for span in spans
             for place in range(span.start, span.start + span.count)
         ]
         self._slots = torch.tensor(slots, device=storage.device)  # [T]
-        self._reads = [self._read(span, size) for span in spans]
+        self._lengths = tuple(span.start + span.count for span in spans)
+        self._tables = [
+            list(span.pages[: -(-length // size)]) for span, length in zip(spans, self._lengths, strict=True)
+        ]
+        self._padded: _Gather | None = None
+        self._reads: list[int | _Gather] = []  # of each text its first page, where all lie side by side
+        if len(spans) > 1 and all(span.count == 1 for span in spans):
+            width = -(-max(self._lengths) // ROUND) * ROUND
+            num_pages = -(-width // size)
+            rows = [table + table[:1] * (num_pages - len(table)) for table in self._tables]
+            self._padded = _Gather(storage, [page for row in rows for page in row])
+        else:
+            self._reads = [
+                table[0] if table == list(range(table[0], table[0] + len(table))) else _Gather(storage, table)
+                for table in self._tables
+            ]
 
-    def _read(self, span: Span, size: int) -> tuple[int, Tensor | None, int]:
-        """Return the first page of a text, its pages to be gathered (None: they lie side by side), and its length."""
-        length = span.start + span.count
-        pages = list(span.pages[: -(-length // size)])
-        side_by_side = pages == list(range(pages[0], pages[0] + len(pages)))
-        return pages[0], None if side_by_side else torch.tensor(pages, device=self._storage.device), length
-
-    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> list[Tensor]:
+    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> Sequence[Tensor]:
         """Write the new tokens of `layer` to their places and return what each text holds by now, in order.
 
         Args:
@@ -92,16 +104,28 @@ class PagedPass:
             c_kv: [T, C], normed latents; k_rope: [T, R], rotated keys; both in the cache's dtype, which is not cast.
 
         Returns:
-            For each span [S, C+R]: a view where the pages lie side by side, else a copy.
+            For each span [S, C+R], good until the next layer is appended. Where every text has one new token they
+            stand side by side; else each is a view where its pages lie side by side, or a copy.
         """
         pages = self._storage[layer]  # [P, page_tokens, C+R]
         flat = pages.flatten(0, 1)  # [P * page_tokens, C+R], a view
         flat.index_copy_(0, self._slots, torch.cat((c_kv, k_rope), -1))
         self.num_appended += 1
-        size = pages.shape[1]
+        if self._padded is not None:
+            return PaddedLatents(self._padded.read(pages).view(len(self._lengths), -1, flat.shape[-1]), self._lengths)
         return [
-            flat[first * size : first * size + length]
-            if table is None
-            else pages.index_select(0, table).flatten(0, 1)[:length]
-            for first, table, length in self._reads
+            read.read(pages)[:length] if isinstance(read, _Gather) else flat[read * self._page_tokens :][:length]
+            for read, length in zip(self._reads, self._lengths, strict=True)
         ]
+
+
+class _Gather:
+    """Pages of a table copied side by side, layer after layer into the same place."""
+
+    def __init__(self, storage: Tensor, table: Sequence[int]) -> None:
+        self._table = torch.tensor(table, device=storage.device)
+        self._copy = storage.new_empty((len(table), *storage.shape[2:]))  # [pages, page_tokens, C+R]
+
+    def read(self, pages: Tensor) -> Tensor:
+        """Return the rows [pages * page_tokens, C+R] of a layer's `pages`."""
+        return torch.index_select(pages, 0, self._table, out=self._copy).flatten(0, 1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from abyssal.config import ModelConfig
 from abyssal.model.context import Context
 from abyssal.model.layers import Linear, RMSNorm
-from abyssal.ops.attention import Attention, latent_attention
+from abyssal.ops.attention import Attention
+from abyssal.ops.latent_attention import LatentAttention, latent_attention
 from abyssal.ops.rotary import rotate
 
 #: eps of the norms on the latents, fixed in the released modelling code whatever `rms_norm_eps` says.
@@ -59,9 +60,9 @@ class AbsorbedCore:
     once.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernel: LatentAttention = latent_attention) -> None:
         """Serve `layer`, whose latents go to the context's cache (without one, the tokens at hand are all there is)."""
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.kernel = config, layer, kernel
 
     def __call__(
         self, q_c: Tensor, q_r: Tensor, c_kv: Tensor, k_r: Tensor, kv_b_proj: nn.Module, ctx: Context
@@ -70,14 +71,14 @@ class AbsorbedCore:
         cfg = self.config
         weight: Tensor = kv_b_proj.weight.to(q_c.dtype)  # type: ignore[assignment]
         w_uk, w_uv = weight.unflatten(0, (cfg.num_attention_heads, -1)).split((cfg.qk_nope_head_dim, cfg.v_head_dim), 1)
-        q_latent = torch.einsum("thn,hnc->thc", q_c, w_uk)  # [T, H, C]  eq. 2 moved to the query's side
+        q_latent = torch.bmm(q_c.transpose(0, 1), w_uk)  # [H, T, C]  eq. 2 moved to the query's side
         if ctx.cache is None:
             cached: Sequence[Tensor] = torch.cat((c_kv, k_r), -1).split(ctx.lengths)
         else:
             cached = ctx.cache.append(self.layer, c_kv, k_r)  # [S, C+R] of each sequence
-        queries = zip(q_latent.split(ctx.lengths), q_r.split(ctx.lengths), cached, strict=True)
-        o_latent = torch.cat([latent_attention(q, r, c, cfg.softmax_scale) for q, r, c in queries])  # eq. 10
-        return torch.einsum("thc,hvc->thv", o_latent, w_uv)  # [T, H, V]  eq. 5 moved behind the sum
+        o_latent = self.kernel(q_latent.transpose(0, 1), q_r, cached, ctx.lengths, cfg.softmax_scale)  # eq. 10
+        o = torch.bmm(o_latent.transpose(0, 1), w_uv.transpose(1, 2))  # [H, T, V]  eq. 5 moved behind the sum
+        return o.transpose(0, 1)  # [T, H, V]
 
 
 class MultiHeadLatentAttention(nn.Module):

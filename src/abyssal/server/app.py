@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -60,7 +60,7 @@ def create_app(
     service = Service(loaded, driver, engine_options, options, template)
     app.state.engine, app.state.driver, app.state.service = engine, driver, service
     app.add_middleware(Gate, options=options, count=service.metrics.count_answer)
-    app.add_exception_handler(AbyssalError, lambda _, error: fault_of(error).response())
+    app.add_exception_handler(AbyssalError, _refused)
     app.add_exception_handler(RequestValidationError, _fields_refused)
     app.add_exception_handler(HTTPException, _not_found)
     _add_completions(app, service)
@@ -127,41 +127,42 @@ async def _answered(request: Request, body: GenerationFields, generation: Genera
     """Return the answer of a generation that has begun, as a stream or whole."""
     record: dict[str, Any] = request.scope["state"][RECORD]
     record["prompt_tokens"] = answer.usage.prompt_tokens
+
+    async def close() -> None:
+        record["completion_tokens"] = answer.usage.completion_tokens
+        await generation.aclose()
+
     if body.stream:
         wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return EventStream(_events(generation, answer, record, wants_usage=wants_usage))
+        return EventStream(_events(generation, answer, record, wants_usage=wants_usage), close)
 
     async def collect() -> None:
-        async with aclosing(generation.outputs()) as outputs:
-            async for number, output in outputs:
-                answer.chunks(number, output)
+        async for number, output in generation.outputs():
+            answer.chunks(number, output)
 
     try:
         await while_connected(request.receive, collect())
     except GoneError:
         return NoResponse()
     finally:
-        record["completion_tokens"] = answer.usage.completion_tokens
+        await close()
     return _json(answer.whole())
 
 
 async def _events(
     generation: Generation, answer: Answer, record: dict[str, Any], *, wants_usage: bool
-) -> AsyncGenerator[bytes]:
+) -> AsyncIterator[bytes]:
     """Yield the chunks of an answer as server-sent events; a fault on the way is the last one."""
     try:
-        async with aclosing(generation.outputs()) as outputs:
-            async for number, output in outputs:
-                if chunks := answer.chunks(number, output):
-                    yield b"".join(_event({**chunk, "usage": None} if wants_usage else chunk) for chunk in chunks)
+        async for number, output in generation.outputs():
+            if chunks := answer.chunks(number, output):
+                yield b"".join(_event({**chunk, "usage": None} if wants_usage else chunk) for chunk in chunks)
         if wants_usage:
             yield _event(answer.usage_chunk())
         yield b"data: [DONE]\n\n"
     except ApiError as fault:
         record["error"] = fault.code or fault.message
         yield _event(fault.body)
-    finally:
-        record["completion_tokens"] = answer.usage.completion_tokens
 
 
 def _event(value: object) -> bytes:
@@ -170,6 +171,10 @@ def _event(value: object) -> bytes:
 
 def _json(value: object) -> Response:
     return Response(to_json(value), media_type="application/json")
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    return fault_of(error).response()
 
 
 async def _fields_refused(_: Request, error: Exception) -> Response:

@@ -45,7 +45,10 @@ class GrammarConstraint:
         """
         marks = bytearray(self._matcher.compute_logit_bias())
         self._check()
-        return torch.frombuffer(marks, dtype=torch.uint8) > 0
+        mask = torch.frombuffer(marks, dtype=torch.uint8) > 0
+        if not mask.any():
+            raise UsageError("response_format: no token of this model can follow; ask for another form")
+        return mask
 
     def advance(self, token: int) -> None:
         """Take the token that was sampled."""
@@ -63,6 +66,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: frozenset[int]) -> None:
         """Read the vocabulary; `vocab_size` is the model's, [V] of the logits."""
         self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=sorted(end_ids) or None)
+        self._encode = tokenizer.encode
 
     def of_json(self, schema: Mapping[str, Any], *, after_reasoning: bool) -> Callable[[], TokenConstraint]:
         """Return constraints to JSON of a schema, behind the end of the reasoning where there is some.
@@ -70,8 +74,7 @@ class Grammars:
         Raises:
             UsageError: the schema cannot be followed.
         """
-        answer = f"{_json(schema)}"
-        return self._compiled("response_format", f"start: {_behind(after_reasoning)}{answer}")
+        return self._compiled("response_format", f"start: {_behind(after_reasoning)}{_json(schema)}")
 
     def of_calls(
         self, functions: Sequence[FunctionDefinition], *, several: bool, after_reasoning: bool
@@ -87,18 +90,31 @@ class Grammars:
             for function in functions
         )
         lines = (
-            f"start: {_behind(after_reasoning)}{_literal(CALLS)} {calls} {_literal(END_CALLS)}",
-            f"call: {_literal(CALL + FUNCTION + SEPARATOR)} function {_literal(END_FENCE + END_CALL)}",
+            f"start: {_behind(after_reasoning)}{self._mark(CALLS)} {calls} {self._mark(END_CALLS)}",
+            f"call: {self._mark(CALL)} {_literal(FUNCTION)} {self._mark(SEPARATOR)} function {_literal(END_FENCE)} "
+            f"{self._mark(END_CALL)}",
             f"function: {choices}",
         )
         return self._compiled("tools", "\n".join(lines))
 
     def _compiled(self, field: str, rules: str) -> Callable[[], TokenConstraint]:
-        grammar = LLMatcher.grammar_from_lark(f'{rules}\nreasoning[suffix="{END_THINK}"]: /(?s:.*)/\n')
+        token = self._token(END_THINK)  # any text up to it is reasoning
+        reasoning = f'[suffix="{END_THINK}"]: /(?s:.*)/' if token is None else f": /(?s:.*)/ <[{token}]>"
+        grammar = LLMatcher.grammar_from_lark(f"{rules}\nreasoning{reasoning}\n")
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise UsageError(f"{field}: cannot be followed ({_first_line(matcher)})")
         return lambda: GrammarConstraint(matcher.deep_copy())
+
+    def _mark(self, mark: str) -> str:
+        """Return a mark as the tokenizer has it: a token of its own, which no spelling can stand for, or text."""
+        token = self._token(mark)
+        return _literal(mark) if token is None else f"<[{token}]>"
+
+    def _token(self, mark: str) -> int | None:
+        """Return the token that is this mark, if there is one."""
+        ids = self._encode(mark)
+        return ids[0] if len(ids) == 1 and self._tokenizer.is_special_token(ids[0]) else None
 
 
 def _behind(reasoning: bool) -> str:

@@ -1,14 +1,15 @@
-"""One request while it is answered: its texts, counted, and freed whichever way it ends."""
+"""One request while it is answered: its texts, what they use, and how they are freed."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from abyssal.engine import AsyncEngine, Output, Request, Stream
+from abyssal.errors import AbyssalError
 from abyssal.server.faults import fault_of
-from abyssal.server.metrics import Metrics
+from abyssal.server.metrics import Metrics, Timer
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Generation:
     streams: Sequence[Stream]
     texts_each: int
     usage: Usage
-    metrics: Metrics
+    timer: Timer
 
     @classmethod
     async def start(cls, driver: AsyncEngine, requests: Sequence[Request], metrics: Metrics) -> Generation:
@@ -67,28 +68,29 @@ class Generation:
             for stream in streams:
                 await stream.aclose()
             raise
-        usage = Usage(sum(len(request.prompt_ids) for request in requests))
-        return cls(streams, requests[0].num_continuations, usage, metrics)
+        usage, texts_each = Usage(sum(len(request.prompt_ids) for request in requests)), requests[0].num_continuations
+        return cls(streams, texts_each, usage, metrics.timer(usage.prompt_tokens, texts_each * len(streams)))
 
-    async def outputs(self) -> AsyncGenerator[tuple[int, Output]]:
-        """Yield what comes of the texts as (number, output); closing this, or an error, frees what has not ended.
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """Yield what comes of the texts as (number, output).
 
         The texts of one prompt come mixed as they grow, those of the next prompt behind them; all grow at once.
 
         Raises:
             ApiError: the request ended by a fault.
         """
-        timer = self.metrics.timer(self.usage.prompt_tokens, self.texts_each * len(self.streams))
         try:
             for number, stream in enumerate(self.streams):
                 async for output in stream:
                     self.usage.count(output)
-                    timer.observe(output)
+                    self.timer.observe(output)
                     yield number * self.texts_each + output.index, output
-        except Exception as error:
-            timer.fails()
+        except AbyssalError as error:
+            self.timer.fails()
             raise fault_of(error) from error
-        finally:
-            timer.end()
-            for stream in self.streams:
-                await stream.aclose()
+
+    async def aclose(self) -> None:
+        """Free what has not ended; to be called once, whatever happened."""
+        self.timer.end()
+        for stream in self.streams:
+            await stream.aclose()

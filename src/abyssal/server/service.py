@@ -130,7 +130,7 @@ class Service:
         requests = [
             Request(
                 prompt_ids,
-                sampling_parameters(body, self.loaded.defaults.parameters, self._num_free(len(prompt_ids))),
+                sampling_parameters(body, self.loaded.defaults.parameters, self._num_free(body, len(prompt_ids))),
                 body.n or 1,
                 frozenset() if body.ignore_eos else None,
                 constraint,
@@ -140,7 +140,7 @@ class Service:
         ]
         return await Generation.start(self.driver, requests, self.metrics)
 
-    def _num_free(self, num_prompt_tokens: int) -> int:
+    def _num_free(self, body: GenerationFields, num_prompt_tokens: int) -> int:
         """Return how many tokens fit behind a prompt.
 
         Raises:
@@ -153,7 +153,7 @@ class Service:
                 400,
                 f"the prompt has {num_prompt_tokens} tokens, at most {most} are allowed here (the model's context is "
                 f"{context} with the answer); shorten it",
-                param="messages",
+                param="messages" if isinstance(body, ChatFields) else "prompt",
                 code="context_length_exceeded",
             )
         return min(context - num_prompt_tokens, self._cache_tokens - num_prompt_tokens + 1)

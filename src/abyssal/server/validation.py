@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from abyssal.errors import nearest
@@ -19,8 +20,10 @@ SENTENCES = {
 
 
 def fault_of_fields(findings: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Return the fault that tells of the first finding."""
-    finding = findings[0]
+    """Return the fault that tells of the first finding; of a field of several types, what the type that fits lacks."""
+    first = _path(findings[0]["loc"])
+    fitting = (one for one in findings if _path(one["loc"]).startswith(first) and not one["type"].endswith("_type"))
+    finding = next(fitting, findings[0])
     kind, path = finding["type"], _path(finding["loc"])
     if kind == "extra_forbidden":
         known = {*ChatFields.model_fields, *CompletionFields.model_fields}
@@ -36,7 +39,9 @@ def fault_of_fields(findings: Sequence[Mapping[str, Any]]) -> ApiError:
 def _path(places: Sequence[str | int]) -> str:
     """Return a path such as `messages[0].content`, without the names of the types that were tried."""
     path = ""
-    for place in places[1:]:  # the first is `body`
+    for before, place in pairwise(places):  # the first is `body`
+        if place == before:  # the field of a kind has the kind's name
+            continue
         if isinstance(place, int):
             path += f"[{place}]"
         elif place.isidentifier() and not place[0].isupper() and place not in ("str", "int", "list", "dict"):
