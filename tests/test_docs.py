@@ -112,6 +112,7 @@ def place(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     model_folder.rename(tmp_path / "runs" / "demo" / "model")
     write_recipes(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "import os"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", WIDTH)
     return tmp_path
@@ -145,7 +146,11 @@ def check_abyssal(arguments: list[str], output: str) -> None:
     command = typer.main.get_command(app)
     with command.make_context("abyssal", list(arguments)) as context:
         name, subcommand, rest = command.resolve_command(context, list(arguments))
-        given = subcommand.make_context(name, rest, parent=context).params
+        inner = subcommand.make_context(name, list(rest), parent=context)
+        if isinstance(subcommand, type(command)):  # a group such as `abyssal bench`
+            name, subcommand, rest = subcommand.resolve_command(inner, list(rest))
+            inner = subcommand.make_context(name, rest, parent=inner)
+        given = inner.params
     if "recipe" in given or name == "demo":
         load_recipe(given.get("recipe", "demo"), given["overrides"] or [])
 
@@ -174,13 +179,23 @@ def test_example_in_the_help_is_a_command(command: str, place: Path) -> None:
 
 
 def test_help_of_commands_with_arguments_has_examples() -> None:
-    assert {line.split()[1] for line in HELP} == {"demo", "train", "generate", "serve", "report", "prepare", "inspect"}
+    assert {line.split()[1] for line in HELP} == {
+        "demo",
+        "train",
+        "generate",
+        "serve",
+        "report",
+        "prepare",
+        "inspect",
+        "bench",
+    }
 
 
 @pytest.mark.parametrize(
     ("command", "output", "fault"),
     [
         ("abyssal trane demo", "", typer.TyperException),
+        ("abyssal bench serve http://127.0.0.1:8000 --rat 2", "", typer.TyperException),
         ("abyssal train demo --overwrite", "", typer.TyperException),
         ("abyssal train demo --set train.token=3", "", ConfigError),
         ("abyssal prepare gone.toml --out x", "", ConfigError),
@@ -403,6 +418,14 @@ def test_every_field_of_a_request_is_in_the_table() -> None:
     names = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
     assert len(names) == len(set(names))
     assert set(names) == {*ChatFields.model_fields, *CompletionFields.model_fields}
+
+
+def test_every_field_of_a_line_of_a_batch_is_in_the_table() -> None:
+    from abyssal.engine.batch_input import FIELDS
+
+    text = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \| ", text, re.MULTILINE)
+    assert sorted(name for cell in cells for name in re.findall(r"`(\w+)`", cell)) == sorted(FIELDS)
 
 
 def test_every_metric_of_the_server_is_named() -> None:

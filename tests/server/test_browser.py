@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("playwright", reason="playwright is not installed")
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 import uvicorn
 from fastapi import FastAPI
+from playwright import sync_api
 
 from abyssal.engine import Engine, EngineOptions, LoadedModel, Output, Request, SamplingParameters
 from abyssal.server import ServerOptions, create_app
@@ -32,10 +33,10 @@ QUESTION = "def f(x) <b>?</b>"
 def browser() -> Iterator[Any]:
     """A Chromium of the system's, else playwright's own."""
     program = next((path for name in NAMES if (path := shutil.which(name))), None)
-    with playwright.sync_playwright() as driver:
+    with sync_api.sync_playwright() as driver:
         try:
             found = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        except playwright.Error as error:
+        except sync_api.Error as error:
             pytest.skip(f"no Chromium can be started: {str(error).splitlines()[0]}")
         yield found
         found.close()
@@ -98,7 +99,9 @@ def say(page: Any, text: str, answers: int = 1) -> None:
     page.locator(".assistant .actions").nth(answers - 1).wait_for()
 
 
-def engine_says(loaded: LoadedModel, template: ChatTemplate, messages: list[dict[str, str]], count: int) -> list[Output]:
+def engine_says(
+    loaded: LoadedModel, template: ChatTemplate, messages: list[dict[str, str]], count: int
+) -> list[Output]:
     """The oracle: the engine's own outputs, without drafts, server or page."""
     ids = loaded.tokenizer.encode(template.render(messages, add_generation_prompt=True))
     engine = Engine.of(loaded, EngineOptions(num_drafts=0))

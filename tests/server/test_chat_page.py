@@ -9,8 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from abyssal.server.chat_page import FILES, INDEX, LONGEST_MARKDOWN, TYPES
 
 ROOT = Path(__file__).parents[2]

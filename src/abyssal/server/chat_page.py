@@ -41,7 +41,7 @@ class MarkdownFields(Fields):
 
 
 def add_chat_page(app: FastAPI, service: Service) -> None:
-    """Add the page, and the two endpoints that it needs beside OpenAI's; these want the key, the page itself does not."""
+    """Add the page, and the two endpoints that it needs beside OpenAI's; they want the key, the page does not."""
     about = _about(service)
 
     @app.get("/", response_model=None)
