@@ -92,6 +92,8 @@ def test_what_is_no_request_is_400(serve: Any, within_seconds: Any, body: bytes)
             answer = await served.http.post(CHAT, content=body, headers=JSON)
             assert answer.status_code == 400, answer.text
             assert answer.json()["error"]["type"] == "invalid_request_error"
+            if body == b"{":
+                check(answer, 400, "the body is not valid JSON")
 
     within_seconds(scenario())
 

@@ -24,7 +24,8 @@ def fault_of_fields(findings: Sequence[Mapping[str, Any]]) -> ApiError:
     first = _path(findings[0]["loc"])
     fitting = (one for one in findings if _path(one["loc"]).startswith(first) and not one["type"].endswith("_type"))
     finding = next(fitting, findings[0])
-    kind, path = finding["type"], _path(finding["loc"])
+    kind = finding["type"]
+    path = "" if kind == "json_invalid" else _path(finding["loc"])  # which would be a place in the text
     if kind == "extra_forbidden":
         known = {*ChatFields.model_fields, *CompletionFields.model_fields}
         sentence = f"unknown field{nearest(path, known)}"
