@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +33,7 @@ EXPERT_LOADS = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
     [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
 ]
+SERVER = "http://127.0.0.1:8000"  # in examples that are clients
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def place(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     model_folder.rename(tmp_path / "runs" / "demo" / "model")
     write_recipes(tmp_path)
     (tmp_path / "loads.json").write_text(json.dumps(EXPERT_LOADS))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "import os"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", WIDTH)
     return tmp_path
@@ -151,7 +154,11 @@ def check_abyssal(arguments: list[str], output: str) -> None:
     command = typer.main.get_command(app)
     with command.make_context("abyssal", list(arguments)) as context:
         name, subcommand, rest = command.resolve_command(context, list(arguments))
-        given = subcommand.make_context(name, rest, parent=context).params
+        inner = subcommand.make_context(name, list(rest), parent=context)
+        if isinstance(subcommand, type(command)):  # a group such as `abyssal bench`
+            name, subcommand, rest = subcommand.resolve_command(inner, list(rest))
+            inner = subcommand.make_context(name, rest, parent=inner)
+        given = inner.params
     if "recipe" in given or name == "demo":
         load_recipe(given.get("recipe", "demo"), given["overrides"] or [])
 
@@ -181,7 +188,8 @@ def test_example_in_the_help_is_a_command(command: str, place: Path) -> None:
 
 def test_help_of_commands_with_arguments_has_examples() -> None:
     assert {line.split()[1] for line in HELP} == {
-        *("demo", "train", "generate", "chat", "report", "prepare", "inspect", "convert", "plan", "machine"),
+        *("demo", "train", "generate", "chat", "serve", "report", "prepare", "inspect", "convert", "plan", "machine"),
+        "bench",
     }
 
 
@@ -189,6 +197,7 @@ def test_help_of_commands_with_arguments_has_examples() -> None:
     ("command", "output", "fault"),
     [
         ("abyssal trane demo", "", typer.TyperException),
+        ("abyssal bench serve http://127.0.0.1:8000 --rat 2", "", typer.TyperException),
         ("abyssal train demo --overwrite", "", typer.TyperException),
         ("abyssal train demo --set train.token=3", "", ConfigError),
         ("abyssal prepare gone.toml --out x", "", ConfigError),
@@ -211,7 +220,35 @@ def test_python_example_runs(fence: Fence, place: Path, request: pytest.FixtureR
         pytest.importorskip("transformers", reason="the example opens the model with transformers")
     if "runs/demo/data" in fence.text:
         prepare_data(request.getfixturevalue("small_run"), place / "runs" / "demo" / "data")
-    exec(compile(fence.text, str(fence), "exec"), {"__name__": "example"})
+    text = fence.text
+    with contextlib.ExitStack() as until_done:
+        if SERVER in text:
+            text = text.replace(SERVER, until_done.enter_context(serving(place / "runs" / "demo" / "model")))
+        exec(compile(text, str(fence), "exec"), {"__name__": "example"})
+
+
+@contextlib.contextmanager
+def serving(model: Path) -> Iterator[str]:
+    """Serve a model directory in a thread and give its address."""
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    pytest.importorskip("openai", reason="the example is a client of OpenAI's")
+    from abyssal.engine import load_model
+    from abyssal.server import ServerOptions, create_app
+    from abyssal.server.process import listen
+    from abyssal.text.chat import ChatTemplate
+
+    options = ServerOptions(model_name="demo")
+    app = create_app(load_model(model), template=ChatTemplate.load(model), options=options)
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def prepare_data(run: RunConfig, folder: Path) -> None:
@@ -372,6 +409,39 @@ def test_every_sampling_parameter_is_in_the_table_with_its_default() -> None:
     for field in fields(SamplingParameters):
         if isinstance(field.default, int | float):
             assert float(rows[field.name]) == field.default, field.name
+
+
+def test_every_field_of_a_request_is_in_the_table() -> None:
+    from abyssal.server.fields import ChatFields, CompletionFields
+
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    table = text.partition("## Fields of a request")[2].partition("`usage` counts")[0]
+    cells = re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) == len(set(names))
+    assert set(names) == {*ChatFields.model_fields, *CompletionFields.model_fields}
+
+
+def test_every_field_of_a_line_of_a_batch_is_in_the_table() -> None:
+    from abyssal.engine.batch_input import FIELDS
+
+    text = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \| ", text, re.MULTILINE)
+    assert sorted(name for cell in cells for name in re.findall(r"`(\w+)`", cell)) == sorted(FIELDS)
+
+
+def test_every_metric_of_the_server_is_named() -> None:
+    from abyssal.engine import EngineStatistics
+    from abyssal.server.metrics import Metrics
+
+    numbers = {field.name: 1 for field in fields(EngineStatistics)} | {"drafted": (2,), "accepted": (1,)}
+    metrics = Metrics("any", lambda: EngineStatistics(**numbers))
+    metrics.count_answer("/", 200)
+    metrics.count_ended("stop")
+    families = dict(re.findall(r"^# TYPE (\S+) (\w+)$", metrics.text().decode(), re.MULTILINE))
+    served = {name for name in families if not name.endswith("_created")}
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`((?:vllm|abyssal):\w+)`", text)) == served
 
 
 def test_every_field_of_the_metrics_is_in_the_table() -> None:

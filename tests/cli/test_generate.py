@@ -90,7 +90,7 @@ def test_a_dash_reads_the_prompt_from_standard_input_as_utf8(
         (["--prompt", "x", "--device", "tpu"], 2, "device=tpu: must be cpu"),
         (["--prompt", "", "--no-bos"], 2, "prompt: has no tokens"),
         (["--prompt", "x" * 64], 2, "prompt: has 65 tokens"),
-        ([], 2, "Missing option '--prompt'"),
+        ([], 2, "give a --prompt"),
         (["--prompt", "-"], 1, "standard input: byte 1 is not UTF-8"),
     ],
     ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else None,

@@ -150,6 +150,22 @@ def write_text(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
+def lock_file(descriptor: int) -> bool:
+    """Take the exclusive lock of an open file until it is closed, and return whether nobody else holds it.
+
+    Where the file system has no locks, nobody does.
+    """
+    if fcntl is None:  # pragma: no cover
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # pragma: no cover
+        return True
+    return True
+
+
 def flush_tree(root: Path) -> None:
     """Flush every file and folder under `root` to the disk, the folders after what they hold."""
     for folder, _, files in os.walk(root, topdown=False):

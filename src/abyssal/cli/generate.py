@@ -1,8 +1,9 @@
-"""`abyssal generate`: continue a prompt with a model directory, or fill the gap before a suffix."""
+"""`abyssal generate`: continue a prompt with a model directory, fill the gap before a suffix, or answer a file."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,14 +28,22 @@ from abyssal.cli.generation_options import (
     TopK,
     TopP,
 )
+from abyssal.errors import UsageError
 
 if TYPE_CHECKING:
     from abyssal.engine import LoadedModel, SamplingParameters
 
-Prompt = Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")]
+Prompt = Annotated[str | None, typer.Option(help="Text to continue; - reads it from standard input.")]
 Suffix = Annotated[
     str | None, typer.Option(help="Text behind the gap: write what belongs between the prompt and it (PSM).")
 ]
+Input = Annotated[
+    Path | None, typer.Option("--input", help="Many prompts or conversations at once: a JSONL file, a line each.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Where the answers to --input go; the same command goes on with it.")
+]
+MaxRunning = Annotated[int, typer.Option(help="Lines of --input that run at a time.")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(help="Add at most so many tokens.", show_default="the model's, else 128")
 ]
@@ -45,8 +54,11 @@ Bos = Annotated[bool, typer.Option("--bos/--no-bos", help="Whether the prompt st
 def generate(
     model: Model,
     *,
-    prompt: Prompt,
+    prompt: Prompt = None,
     suffix: Suffix = None,
+    input_file: Input = None,
+    output_file: Output = None,
+    max_running: MaxRunning = 16,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -68,7 +80,9 @@ def generate(
         abyssal generate runs/demo/model --prompt - --stop 'def ' < main.py
         abyssal generate runs/demo/model --prompt 'import os' --speculate
         abyssal generate runs/demo/model --prompt 'def area(r):' --suffix 'return a'
+        abyssal generate runs/demo/model --input prompts.jsonl --output out.jsonl
     """
+    from abyssal.cli.batch import BatchCommand
     from abyssal.cli.model_argument import refuse_run_folder
     from abyssal.engine import load_model, stream_text
 
@@ -76,6 +90,16 @@ def generate(
         stop, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     refuse_run_folder(model)
+    if input_file is not None or output_file is not None:
+        if input_file is None or output_file is None or prompt is not None or suffix is not None:
+            raise UsageError("--input and --output go together, without --prompt and --suffix")
+        if speculate:
+            raise UsageError("--speculate: many lines are drafted for wherever it pays; --drafts 0 makes none")
+        return BatchCommand(
+            model, input_file, output_file, given, dtype, device, threads, bos, drafts, max_running
+        ).run()
+    if prompt is None:
+        raise UsageError("give a --prompt, or many with --input and --output; see: abyssal generate --help")
     text = utf8(sys.stdin.buffer.read()) if prompt == "-" else prompt
     loaded = load_model(model, dtype=dtype, device=device, threads=threads)
     speculation = asked_speculation(loaded, speculate, drafts)

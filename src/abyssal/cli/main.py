@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from abyssal import __version__
+from abyssal.cli.bench import bench
 from abyssal.cli.chat import chat
 from abyssal.cli.convert import convert
 from abyssal.cli.demo import demo
@@ -23,19 +24,21 @@ from abyssal.cli.plan_schedule import schedule
 from abyssal.cli.prepare import prepare
 from abyssal.cli.recipes import recipes
 from abyssal.cli.report import report
+from abyssal.cli.serve import serve
 from abyssal.cli.train import train
 from abyssal.errors import AbyssalError, Stopped
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 app = typer.Typer(name="abyssal", add_completion=False, pretty_exceptions_enable=False)
-for command in (demo, train, generate, chat, report, prepare, inspect, convert, recipes, doctor, machine):
+for command in (demo, train, generate, chat, serve, report, prepare, inspect, convert, recipes, doctor, machine):
     app.command()(command)
 plan = typer.Typer(name="plan", cls=PlanGroup, help=PLAN_HELP)
 plan.command("recipe")(plan_recipe)
 plan.command()(schedule)
 plan.command()(experts)
 app.add_typer(plan)
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:

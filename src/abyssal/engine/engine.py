@@ -295,7 +295,7 @@ class Engine:
             stopped = continuation.text.matched is not None
         reason: FinishReason | None = "stop" if stopped else "eos" if ended else "length" if full else None
         experts = done.experts[row] if continuation.wants_experts else ()
-        return Output(*who, token, text, token.id == draft, experts, reason)
+        return Output(*who, token, text, token.id == draft, experts, reason, draft=draft)
 
     def _retire(self, outputs: list[Output]) -> None:
         """Let go of the texts that have ended; what they filled of the cache may serve later requests."""

@@ -35,9 +35,10 @@ class Request:
 class Output:
     """What one new token adds to a text, perhaps nothing; the last output of a text says why it ended.
 
-    `was_draft`: a draft said the same, so the token cost no pass of its own. `experts`, if asked for: of the place
-    that said it, where the token before it went, for each layer that has experts, the weightiest first. A text that
-    ended by a fault has a last output without a token, with the `error`.
+    `draft` is what the MTP modules said at the token's place, if anything; `was_draft`: they said the token, so it
+    cost no pass of its own. `experts`, if asked for: of the place that said the token, where the one before it went,
+    for each layer that has experts, the weightiest first. A text that ended by a fault has a last output without a
+    token, with the `error`.
     """
 
     request_id: int
@@ -48,6 +49,7 @@ class Output:
     experts: tuple[tuple[int, ...], ...] = ()
     finish_reason: FinishReason | Literal["error"] | None = None
     error: Exception | None = None
+    draft: int | None = None
 
 
 @dataclass(eq=False)

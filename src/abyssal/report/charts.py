@@ -66,8 +66,8 @@ def draw_curves(
         smooth: draw a running mean over a fiftieth of the curve as well, and the curve itself faintly.
         skipped: where batches were left out, marked at the foot.
     """
-    with _settings(name):
-        figure, axes = _figure(HEIGHT)
+    with settings(name):
+        figure, axes = blank_figure(HEIGHT)
         for line in lines:
             _draw(axes, line, axis, smooth=smooth, buckets=max(60, BUCKETS // len(lines)))
         if scale.logarithmic:
@@ -80,15 +80,15 @@ def draw_curves(
         axes.set_xlim(0, 1.02 * max(np.nanmax(line.curve.along(axis), initial=1.0) for line in lines))
         _label(axes, axis, scale.unit)
         described = f"{scale.unit} over {axis}: " + ", ".join(line.label for line in lines)
-        return inline(_svg(figure), name, described)
+        return inline(svg_text(figure), name, described)
 
 
 def draw_loads(name: str, history: LoadHistory, labels: Sequence[str], *, axis: str) -> str:
     """Return the expert load of each layer, called by `labels`, over time as a heatmap in SVG."""
     deviation, (begin, end) = picture(history, axis)
     height = min(480.0, max(180.0, 6.0 * len(deviation))) + BOTTOM + TOP
-    with _settings(name):
-        figure, axes = _figure(height, right=70.0)
+    with settings(name):
+        figure, axes = blank_figure(height, right=70.0)
         layers = len(labels)
         image = axes.imshow(
             np.ma.masked_invalid(np.clip(deviation, -MOST_DEVIATION, MOST_DEVIATION)),
@@ -112,11 +112,11 @@ def draw_loads(name: str, history: LoadHistory, labels: Sequence[str], *, axis: 
         bar.ax.patch.set_visible(False)
         bar.outline.set_edgecolor(GRID)
         described = f"load of each expert over the mean of its layer, over {axis}, {layers} layers"
-        return inline(_svg(figure), name, described)
+        return inline(svg_text(figure), name, described)
 
 
 @contextmanager
-def _settings(name: str) -> Iterator[None]:
+def settings(name: str) -> Iterator[None]:
     """Draw with text as text, in the colours that the page replaces, and the same bytes every time."""
     settings: Any = {  # its keys are literals to the type checker
         "svg.fonttype": "none",
@@ -144,7 +144,7 @@ def _settings(name: str) -> Iterator[None]:
         yield
 
 
-def _figure(height: float, right: float = RIGHT) -> tuple[Figure, Axes]:
+def blank_figure(height: float, right: float = RIGHT) -> tuple[Figure, Axes]:
     """Return a figure with room for the labels, and its axes; sizes in points."""
     figure = Figure(figsize=(WIDTH / POINTS_AN_INCH, height / POINTS_AN_INCH))
     FigureCanvasSVG(figure)
@@ -211,7 +211,8 @@ def _two_sided() -> ListedColormap:
     return ListedColormap(np.concatenate([colours, np.abs(strength) ** 0.8], axis=1))
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
+    """Return a figure as the SVG file that matplotlib writes."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

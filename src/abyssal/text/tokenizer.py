@@ -154,6 +154,24 @@ class Tokenizer:
         """Return a decoder that takes the ids one by one."""
         return StreamDecoder(self._core, skip_special)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that one token stands for, often a part of a character; none for an id that no token has."""
+        added = self._added_tokens.get(token)
+        if added is not None:
+            return added.encode()
+        return bytes(self._byte_of[sign] for sign in self._core.id_to_token(token) or "")
+
+    @cached_property
+    def _added_tokens(self) -> dict[int, str]:
+        return {token: added.content for token, added in self._core.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """The byte of each sign in which a byte-level vocabulary is spelt: visible ones stand for themselves."""
+        visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in visible]
+        return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
     # What it is
 
     @property
