@@ -23,7 +23,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     """Let the model generate these ids, as far as the request goes."""
 
     def script(ids: Sequence[int]) -> None:
-        def generated(_: object, __: object, parameters: SamplingParameters, ___: object) -> Iterator[GeneratedToken]:
+        def generated(_: object, __: object, parameters: SamplingParameters, *___: object) -> Iterator[GeneratedToken]:
             return iter([GeneratedToken(token, -1.0) for token in ids][: parameters.max_new_tokens])
 
         monkeypatch.setattr(module, "generate", generated)
