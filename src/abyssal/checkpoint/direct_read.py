@@ -66,7 +66,7 @@ def _offsets(descriptor: int) -> dict[str, int]:
 def _fill(place: torch.Tensor, descriptor: int, offset: int, file: Path) -> bool:
     """Read one tensor, and return whether it is finite."""
     flat = place.detach().view(-1)
-    target = memoryview(flat.view(torch.uint8).numpy())
+    target = memoryview(flat.view(torch.uint8).numpy().data)
     finite, step = True, CHUNK_BYTES
     for start in range(0, len(target), step):
         part = target[start : start + step]
