@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev demo test lint check format paper-map clean
+.PHONY: help install install-dev demo test lint check format paper-map plan-tables clean
 
 help: ## say what there is
 	@echo "make TARGET"
@@ -40,6 +40,9 @@ format: $(VENV)/.dev ## lay the code out anew
 
 paper-map: $(VENV)/.dev ## write docs/paper-map.md from the equation marks in the code
 	@$(BIN)/python tools/paper_map.py
+
+plan-tables: $(VENV)/.dev ## write the tables of docs/plan.md from the plan and its published figures
+	@$(BIN)/python tools/plan_tables.py
 
 clean: ## remove .venv and everything that was built, but no run
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

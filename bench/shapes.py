@@ -30,8 +30,8 @@ def shape_s(mtp: int = 0) -> ModelConfig:
     )
 
 
-def shape_m24() -> ModelConfig:
-    """Hidden 1024, 16 layers, 24 experts top-6 in 4 groups of which 2."""
+def shape_m() -> ModelConfig:
+    """1.66B parameters, 253M of them read a token: hidden 1024, 16 layers, 64 experts top-6 in 8 groups of which 4."""
     return ModelConfig(
         vocab_size=32000,
         hidden_size=1024,
@@ -44,14 +44,19 @@ def shape_m24() -> ModelConfig:
         qk_nope_head_dim=64,
         qk_rope_head_dim=32,
         v_head_dim=64,
-        n_routed_experts=24,
+        n_routed_experts=64,
         num_experts_per_tok=6,
-        n_group=4,
-        topk_group=2,
+        n_group=8,
+        topk_group=4,
         routed_scaling_factor=2.5,
         first_k_dense_replace=1,
         max_position_embeddings=4096,
     )
 
 
-SHAPES = {"S": shape_s, "M24": shape_m24}
+def shape_m24() -> ModelConfig:
+    """M with 24 experts top-6 in 4 groups of which 2."""
+    return shape_m().model_copy(update={"n_routed_experts": 24, "n_group": 4, "topk_group": 2})
+
+
+SHAPES = {"S": shape_s, "M": shape_m, "M24": shape_m24}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -24,8 +25,13 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "abyssal"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"console", "sh", "python", "toml"}
-RUN = {"inspect", "recipes", "generate"}  # cheap; the other commands are parsed, and their recipes resolved
+RUN = {"inspect", "recipes", "generate", "plan"}  # cheap; the other commands are parsed, and their recipes resolved
 WIDTH = "120"
+#: Those of the published load balancer's example.
+EXPERT_LOADS = [
+    [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+    [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+]
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,11 @@ def tiny_config(tiny_config: ModelConfig) -> ModelConfig:
 
 @pytest.fixture
 def place(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages take for granted: their recipes, and the run of the demo."""
+    """A folder with what the pages take for granted: their recipes, the run of the demo, and expert loads."""
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     model_folder.rename(tmp_path / "runs" / "demo" / "model")
     write_recipes(tmp_path)
+    (tmp_path / "loads.json").write_text(json.dumps(EXPERT_LOADS))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", WIDTH)
     return tmp_path
@@ -174,7 +181,7 @@ def test_example_in_the_help_is_a_command(command: str, place: Path) -> None:
 
 def test_help_of_commands_with_arguments_has_examples() -> None:
     assert {line.split()[1] for line in HELP} == {
-        *("demo", "train", "generate", "chat", "report", "prepare", "inspect"),
+        *("demo", "train", "generate", "chat", "report", "prepare", "inspect", "convert", "plan", "machine"),
     }
 
 
@@ -353,6 +360,18 @@ def test_every_field_of_a_recipe_is_in_the_table_with_its_default() -> None:
             assert float(written.replace(",", "")) == field.default, name
         elif field.is_required():
             assert written in ("", "the file's"), name
+
+
+def test_every_sampling_parameter_is_in_the_table_with_its_default() -> None:
+    from abyssal.engine import SamplingParameters
+
+    text = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    table = text.partition("## What a request can ask")[2].partition("## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\| ", table, re.MULTILINE))
+    assert set(rows) == {field.name for field in fields(SamplingParameters)}
+    for field in fields(SamplingParameters):
+        if isinstance(field.default, int | float):
+            assert float(rows[field.name]) == field.default, field.name
 
 
 def test_every_field_of_the_metrics_is_in_the_table() -> None:

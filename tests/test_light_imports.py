@@ -19,7 +19,7 @@ ALLOWED = {
     "mdurl",
     "pygments",
 }
-HEAVY = {"torch", "numpy", "matplotlib", "jinja2", "tokenizers", "safetensors", "transformers"}
+HEAVY = {"torch", "numpy", "gguf", "matplotlib", "jinja2", "tokenizers", "safetensors", "transformers"}
 PROGRAM = """
 import json, sys, threading
 before = set(sys.modules)
@@ -78,6 +78,21 @@ def test_a_plan_needs_pydantic_and_nothing_heavier():
     report, _ = load("recipes")
     assert "pydantic" in foreign(report["loaded"])  # so the tests above can see one
     assert not foreign(report["loaded"]) & HEAVY
+
+
+def test_a_schedule_is_simulated_and_drawn_with_the_standard_library_and_pydantic(tmp_path):
+    report, output = load("plan", "schedule", "dualpipe", "--svg", str(tmp_path / "a.svg"))
+    assert "DualPipe" in output
+    assert (tmp_path / "a.svg").is_file()
+    assert not foreign(report["loaded"]) & HEAVY
+    assert report["threads"] == []
+
+
+def test_a_plan_of_a_run_on_a_cluster_needs_no_torch():
+    report, output = load("plan", "v3_671b", "--cluster", "h800:2048")
+    assert "tokens/s a device" in output
+    assert not foreign(report["loaded"]) & HEAVY
+    assert report["threads"] == []
 
 
 def test_a_report_needs_matplotlib_and_no_torch(tmp_path):

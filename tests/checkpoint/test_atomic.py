@@ -12,6 +12,7 @@ import pytest
 
 from abyssal.checkpoint.atomic import (
     atomic_directory,
+    atomic_file,
     free_space_check,
     os_faults,
     remove_directory,
@@ -164,6 +165,21 @@ def test_a_text_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
         write_text(path, "third")
     assert path.read_text(encoding="utf-8") == "second ü"
     assert names(tmp_path) == ["file.json"]
+
+
+@pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt])
+def test_a_file_appears_only_when_the_body_has_ended(tmp_path, fault):
+    target = tmp_path / "x.bin"
+    with atomic_file(target) as staging:
+        staging.write_bytes(b"new")
+        assert not target.exists()
+        assert staging.parent == target.parent
+    assert target.read_bytes() == b"new"
+    with pytest.raises(fault), atomic_file(target) as staging:  # noqa: PT012
+        staging.write_bytes(b"half")
+        raise fault
+    assert target.read_bytes() == b"new"
+    assert names(tmp_path) == ["x.bin"]
 
 
 def test_too_little_free_space_is_told_in_gib(tmp_path):

@@ -9,7 +9,8 @@ import torch
 
 from abyssal.config import ModelConfig
 from abyssal.engine import ContiguousLatentCache, SamplingParameters, generate, new_token_limit
-from abyssal.engine.generate import choose, next_logits
+from abyssal.engine.generate import next_logits
+from abyssal.engine.sampler import Sampler
 from abyssal.errors import ModelDirectoryError, UsageError
 from abyssal.model import AbsorbedCore, Context, Transformer
 
@@ -154,8 +155,8 @@ def test_damaged_weights_end_in_a_sentence(
 def test_logprobs_are_those_before_temperature_and_top_p() -> None:
     logits = torch.tensor([0.1, 2.0, 1.0, -3.0])
     parameters = SamplingParameters(temperature=5.0, top_p=0.7, seed=0)
-    generator = parameters.generator()
-    for token in [choose(logits, parameters, generator) for _ in range(10)]:
+    sampler = Sampler(parameters, PROMPT)
+    for token in [sampler.choose(logits) for _ in range(10)]:
         assert token.logprob == pytest.approx(float(logits.log_softmax(-1)[token.id]), abs=1e-6)
 
 

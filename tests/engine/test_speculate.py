@@ -19,6 +19,7 @@ from abyssal.engine import (
     generate,
     generate_speculatively,
     load_model,
+    prepare_for_inference,
     speculation_for,
     stream_text,
 )
@@ -103,6 +104,22 @@ def test_speculative_text_is_the_greedy_one_in_fp32(
     elif rule == "right, then wrong":
         assert speculation.accepted[:2] == speculation.drafted[:2]
         assert speculation.accepted[2:] == [0] * (drafts - min(drafts, 2))
+
+
+def test_speculative_text_is_the_greedy_one_over_1000_tokens(
+    tiny_config: ModelConfig, build: Build, stub: Callable[..., None]
+) -> None:
+    """In fp32, with weights packed as `load_model` packs them, and drafts that are right and wrong by turns."""
+    config = tiny_config.model_copy(update={"num_hidden_layers": 2, "max_position_embeddings": 1024})
+    model = build(config, dtype=torch.float32)
+    prepare_for_inference(model)
+    parameters = SamplingParameters(1000, temperature=0)
+    wanted = ids_of(generate(model, PROMPT, parameters))
+    stub(wanted, len(PROMPT), STUBS["right, then wrong"])
+    found, speculation = speculate(model, PROMPT, parameters, 3)
+    assert len(found) == 1000
+    assert found == wanted
+    assert speculation.accepted[2] == 0 < speculation.accepted[1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -120,7 +120,7 @@ def test_the_joint_distribution_of_tokens_is_unchanged_at_temperature_1(
     monkeypatch.setattr(module, "_logits", lambda _, hidden: hidden)
     monkeypatch.setattr(import_module("abyssal.engine.kept_cache"), "ContiguousLatentCache", TokenCache)
     monkeypatch.setattr(module, "MTPDrafter", GuessingDrafter)
-    monkeypatch.setattr(SamplingParameters, "generator", lambda _: shared)
+    monkeypatch.setattr(SamplingParameters, "generator", lambda *_: shared)
     for ids, logits in table.items():
         monkeypatch.setitem(GUESSES, ids, int(logits.argmax()))
     parameters = SamplingParameters(3, temperature=1.0, top_p=1.0)

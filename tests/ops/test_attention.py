@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abyssal.ops import attention as module
-from abyssal.ops.attention import Attention, attention, blocked_attention, latent_attention, sdpa_attention
+from abyssal.ops.attention import Attention, attention, blocked_attention, sdpa_attention
 
 LENGTHS = [(7,), (4, 4, 4), (1, 5, 3), (2, 1), (1, 1, 1)]
 WIDTHS = [(6, 3), (5, 5), (4, 7)]  # (query/key dims, value dims)
@@ -91,38 +91,6 @@ def test_large_scores_do_not_overflow(kernel: Attention) -> None:
     q, k, v, _ = draw(1, 6, (4, 3))
     out = kernel(1e3 * q, 1e3 * k, v, (6,), 1.0)
     assert out.isfinite().all()
-
-
-@pytest.mark.parametrize(("new", "cached"), [(1, 1), (1, 9), (4, 4), (3, 8)])
-@pytest.mark.parametrize("seed", range(3), ids="seed{}".format)
-def test_latent_attention_equals_the_definition(seed: int, new: int, cached: int) -> None:
-    heads, latent, rope, scale = 3, 5, 2, 0.37
-    generator = torch.Generator().manual_seed(seed)
-    q_latent = torch.randn(new, heads, latent, dtype=torch.float64, generator=generator)
-    q_rope = torch.randn(new, heads, rope, dtype=torch.float64, generator=generator)
-    c_kv = torch.randn(cached, latent, dtype=torch.float64, generator=generator)
-    k_rope = torch.randn(cached, rope, dtype=torch.float64, generator=generator)
-    out = latent_attention(q_latent, q_rope, torch.cat((c_kv, k_rope), -1), scale)
-    assert out.shape == (new, heads, latent)
-    for t in range(new):
-        seen = cached - new + t + 1  # the newest token sees everything, the one before all but it
-        for i in range(heads):
-            scores = [scale * (float(q_latent[t, i] @ c_kv[j]) + float(q_rope[t, i] @ k_rope[j])) for j in range(seen)]
-            shares = [math.exp(s - max(scores)) for s in scores]
-            expected = sum(share / sum(shares) * c_kv[j] for j, share in enumerate(shares))
-            torch.testing.assert_close(out[t, i], expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
-def test_latent_attention_in_lower_precision_is_within_tolerance(dtype: torch.dtype, tolerance: float) -> None:
-    """In bf16 a score is a bf16 product: of size 4 it is off by up to 2^-7, and its weight by as much."""
-    generator = torch.Generator().manual_seed(4)
-    shapes = ((2, 3, 24), (2, 3, 8), (19, 24 + 8))
-    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    exact = latent_attention(*(x.double() for x in inputs), 32**-0.5)
-    out = latent_attention(*inputs, 32**-0.5)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())
 
 
 def test_blocked_attention_leaves_long_and_unequal_sequences_to_the_fused_kernel(

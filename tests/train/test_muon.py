@@ -39,10 +39,10 @@ def test_zero_gradient_moves_nothing_but_by_decay() -> None:
 def test_two_steps_equal_the_definition() -> None:
     start, gradients = torch.randn(5, 16), [torch.randn(5, 16), torch.randn(5, 16)]
     weight = torch.nn.Parameter(start.clone())
-    optimizer = Muon([weight], momentum=0.8, weight_decay=0.1, lr_scale=3.0)
+    optimizer = Muon([weight], momentum=0.8, weight_decay=0.1)
     momentum, expected = torch.zeros(5, 16), start.clone()
     for gradient, lr in zip(gradients, (0.02, 0.01), strict=True):
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = 3 * lr
         weight.grad = gradient
         optimizer.step()
         momentum = 0.8 * momentum + 0.2 * gradient

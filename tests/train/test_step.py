@@ -118,3 +118,15 @@ def test_every_parameter_belongs_to_one_optimizer_and_moves(config: RunConfig, n
     by_muon = {n for n, state in optimizer.tensors(dict(model.named_parameters())).items() if "momentum" in state}
     assert not [n for n in by_muon if "norm" in n or "embed" in n or "lm_head" in n or n.endswith("gate.weight")]
     assert ("model.layers.1.mlp.experts.gate_up_proj" in by_muon) == (name == "muon")
+
+
+def test_each_optimizer_multiplies_the_schedules_learning_rate_by_its_own_scale(config: RunConfig) -> None:
+    scales = {"name": "muon", "muon_lr_scale": 0.25, "beside_muon_lr_scale": 3.0}
+    model, optimizer = build(config.model_copy(update={"optimizer": config.optimizer.model_copy(update=scales)}))
+    optimizer.step(0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.lm_head.weight)] == 1.5
+    assert rates[id(model.model.layers[1].mlp.experts.down_proj)] == 0.125
+    _, optimizer = build(config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"name": "adamw"})}))
+    optimizer.step(0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}

@@ -84,14 +84,14 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     staging = _beside(target, "writing")
     staging.mkdir()
     try:
-        with _locked(staging, needed=False):
+        with locked(staging, needed=False):
             yield staging
             flush_tree(staging)
             _put(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def remove_stale(folder: Path, name: str | None = None) -> None:
@@ -102,7 +102,7 @@ def remove_stale(folder: Path, name: str | None = None) -> None:
     """
     for left in folder.glob(".*.writing-*"):
         if _belongs(left, name) and left.is_dir() and not left.is_symlink():
-            with suppress(OSError), _locked(left):
+            with suppress(OSError), locked(left):
                 shutil.rmtree(left, ignore_errors=True)
     for left in folder.glob(".*.replaced-*"):
         if _belongs(left, name):
@@ -120,34 +120,46 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target`; the file written there becomes `target`, flushed to the disk, when the body ends.
+
+    On any exception it is removed, and an older `target` stays as it was.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    staging = target.with_name(f".{target.name}.writing")  # one name, so that a killed run leaves at most one such file
+    try:
+        yield staging
+        flush(staging)
+        staging.replace(target)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    flush(target.absolute().parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all, in place of an older one.
 
     Raises:
         OSError: the disk refused; an older file is as it was.
     """
-    staging = path.with_name(f".{path.name}.writing")  # one name, so that a killed run leaves at most one such file
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
-    _flush(path.absolute().parent)
+    with atomic_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def flush_tree(root: Path) -> None:
     """Flush every file and folder under `root` to the disk, the folders after what they hold."""
     for folder, _, files in os.walk(root, topdown=False):
         for file in files:
-            _flush(Path(folder, file))
-        _flush(Path(folder))
+            flush(Path(folder, file))
+        flush(Path(folder))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush one file, or the names in one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -166,7 +178,7 @@ def _belongs(left: Path, name: str | None) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path, *, needed: bool = True) -> Iterator[None]:
+def locked(folder: Path, *, needed: bool = True) -> Iterator[None]:
     """Hold the exclusive lock of a folder, which the system drops when the process ends, however it ends.
 
     Raises:

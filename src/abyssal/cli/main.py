@@ -11,10 +11,15 @@ import typer
 
 from abyssal import __version__
 from abyssal.cli.chat import chat
+from abyssal.cli.convert import convert
 from abyssal.cli.demo import demo
 from abyssal.cli.doctor import doctor
 from abyssal.cli.generate import generate
 from abyssal.cli.inspect import inspect
+from abyssal.cli.machine import machine
+from abyssal.cli.plan import PLAN_HELP, PlanGroup, plan_recipe
+from abyssal.cli.plan_experts import experts
+from abyssal.cli.plan_schedule import schedule
 from abyssal.cli.prepare import prepare
 from abyssal.cli.recipes import recipes
 from abyssal.cli.report import report
@@ -24,8 +29,13 @@ from abyssal.errors import AbyssalError, Stopped
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 app = typer.Typer(name="abyssal", add_completion=False, pretty_exceptions_enable=False)
-for command in (demo, train, generate, chat, report, prepare, inspect, recipes, doctor):
+for command in (demo, train, generate, chat, report, prepare, inspect, convert, recipes, doctor, machine):
     app.command()(command)
+plan = typer.Typer(name="plan", cls=PlanGroup, help=PLAN_HELP)
+plan.command("recipe")(plan_recipe)
+plan.command()(schedule)
+plan.command()(experts)
+app.add_typer(plan)
 
 
 def _print_version(wanted: bool) -> None:

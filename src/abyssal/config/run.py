@@ -114,7 +114,10 @@ class OptimizerConfig(Frozen):
     weight_decay: NonNegativeFloat = 0.1
     max_grad_norm: PositiveFloat = 1.0
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
-    muon_lr_scale: PositiveFloat = Field(default=1.0, description="Muon's learning rate over AdamW's")
+    muon_lr_scale: PositiveFloat = Field(default=1.0, description="Muon's learning rate over the schedule's")
+    beside_muon_lr_scale: PositiveFloat = Field(
+        default=1.0, description="with Muon: AdamW's learning rate over the schedule's"
+    )
 
 
 class ObjectiveConfig(Frozen):

@@ -5,9 +5,7 @@ Legend: V vocabulary, D hidden.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,30 +13,13 @@ from torch import Tensor
 from abyssal.config import ModelConfig
 from abyssal.engine.kept_cache import KeptCache
 from abyssal.engine.latent_cache import ContiguousLatentCache
-from abyssal.engine.sampling import SamplingParameters, sample
-from abyssal.errors import ModelDirectoryError, UsageError
-from abyssal.model import AbsorbedCore, Transformer
+from abyssal.engine.sampler import GeneratedToken, Sampler
+from abyssal.engine.sampling import SamplingParameters
+from abyssal.errors import UsageError
+from abyssal.model import Transformer
 
-#: Prompt tokens a pass takes: enough for full matrix products, while its scores [tokens, H, S] stay small.
-PREFILL_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedToken:
-    """A token and its log-probability under the model itself: before temperature, top-k and top-p."""
-
-    id: int
-    logprob: float
-
-
-def use_latent_cache(model: Transformer) -> None:
-    """Let the layers of `model` attend over the latent cache of their context; changes the model in place.
-
-    The main layers share one cache; each MTP module is the only layer of a cache of its own.
-    """
-    main_layers = model.config.num_hidden_layers
-    for number, layer in enumerate(model.model.layers):
-        layer.self_attn.core = AbsorbedCore(model.config, number if number < main_layers else 0)  # type: ignore[union-attr]
+#: Prompt tokens a pass takes: enough for full matrix products, also of the experts.
+PREFILL_TOKENS = 512
 
 
 def new_token_limit(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -70,7 +51,7 @@ def generate(
     one, so several may run by turns on one model. The same seed gives the same tokens.
 
     Args:
-        model: prepared by `use_latent_cache`; not changed.
+        model: prepared by `use_latent_cache` or `prepare_for_inference`; not changed.
         prompt_ids: at least one token.
         parameters: see there.
         eos_ids: tokens that end the text.
@@ -109,11 +90,11 @@ def _continue(
 ) -> Iterator[GeneratedToken]:
     """Yield up to `limit` tokens; see `generate`."""
     device = model.head_weight.device
-    generator = parameters.generator()
+    sampler = Sampler(parameters, prompt_ids)
     pending = prompt_ids[kept.resume(prompt_ids, len(prompt_ids) + limit - 1) :]  # the last token is never fed back
     for _ in range(limit):
         kept.note(pending)
-        token = choose(next_logits(model, torch.tensor(pending, device=device), kept.cache), parameters, generator)
+        token = sampler.choose(next_logits(model, torch.tensor(pending, device=device), kept.cache))
         yield token
         if token.id in eos_ids:
             return
@@ -125,7 +106,7 @@ def next_logits(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache
     """Run new tokens through the model and return the logits of what follows the last one.
 
     Args:
-        model: prepared by `use_latent_cache`.
+        model: prepared by `use_latent_cache` or `prepare_for_inference`.
         tokens: ids [t], taken in passes of `PREFILL_TOKENS`.
         cache: of one sequence; grows by t.
 
@@ -134,7 +115,7 @@ def next_logits(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache
     """
     for part in tokens.split(PREFILL_TOKENS):
         hidden = run_pass(model, part, cache)  # [t, D]
-    return model.logits(hidden[-1])  # [V]
+    return model.logits(hidden[-1:])[0]  # [V]; a product of matrices, which reads bf16 twice as fast as one by a vector
 
 
 @torch.inference_mode()
@@ -142,7 +123,7 @@ def run_pass(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache) -
     """Run new tokens [t] through the main model in one pass and return its hidden states after the final norm, [t, D].
 
     Args:
-        model: prepared by `use_latent_cache`.
+        model: prepared by `use_latent_cache` or `prepare_for_inference`.
         tokens: ids [t].
         cache: of one sequence; grows by t.
     """
@@ -151,21 +132,3 @@ def run_pass(model: Transformer, tokens: Tensor, cache: ContiguousLatentCache) -
     if cache.lengths[0] != expected:  # another core attends to the new tokens alone, and nobody would notice
         raise RuntimeError("the model's layers do not write to the latent cache; call use_latent_cache(model) first")
     return hidden
-
-
-@torch.inference_mode()
-def choose(logits: Tensor, parameters: SamplingParameters, generator: torch.Generator) -> GeneratedToken:
-    """Sample from logits [V] and return the token with its log-probability, taken in at least fp32.
-
-    Raises:
-        ModelDirectoryError: the logits are not finite.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = float(wide.logsumexp(-1))
-    if not math.isfinite(normaliser):
-        raise ModelDirectoryError(
-            f"the model's logits are not finite (log of their sum: {normaliser}): its weights are damaged, "
-            f"or {str(logits.dtype).removeprefix('torch.')} is too narrow for them; try dtype=float32 or another copy"
-        )
-    token = sample(wide, parameters, generator)
-    return GeneratedToken(token, float(wide[token]) - normaliser)

@@ -13,7 +13,7 @@ from abyssal.errors import ModelDirectoryError, UsageError
 
 FILE = "generation_config.json"
 #: Fields that become sampling parameters under the same name.
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # fmt: off
 #: Fields that do not change which tokens are chosen.
 NEUTRAL = frozenset(

@@ -13,6 +13,9 @@ from torch import Tensor
 from abyssal.config import ModelConfig
 from abyssal.errors import UsageError
 from abyssal.model import Context
+from abyssal.ops.latent_attention import PaddedLatents
+
+ROUND = 64  # each new length of what several sequences read costs the matrix library a kernel
 
 
 class ContiguousLatentCache:
@@ -45,9 +48,11 @@ class ContiguousLatentCache:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         layers = config.num_hidden_layers if layers is None else layers
         shape = (layers, sequences, capacity_tokens, width)
-        self._storage = torch.empty(shape, dtype=dtype, device=device)  # [L, N, capacity, C+R]
+        # Zeros: what stands behind a short sequence is multiplied with weights of 0 beside longer ones.
+        self._storage = torch.zeros(shape, dtype=dtype, device=device)  # [L, N, capacity, C+R]
         self._lengths = [0] * sequences
         self._new: list[tuple[int, int]] = []  # (sequence, new tokens) of the pass under way
+        self._slots = torch.empty(0, dtype=torch.int64, device=device)  # [T], where they go, counted over all sequences
         self._next_layer = 0
 
     @property
@@ -99,12 +104,14 @@ class ContiguousLatentCache:
                 )
         self._new = [(sequence, n) for sequence, n in enumerate(new_tokens) if n]
         self._next_layer = 0
-        starts = [self._lengths[sequence] for sequence, _ in self._new]
-        spans = [torch.arange(a, a + n) for a, (_, n) in zip(starts, self._new, strict=True)]
-        positions = (spans[0] if len(spans) == 1 else torch.cat(spans)).to(self._storage.device)  # [T]
-        return Context(lengths=tuple(n for _, n in self._new), positions=positions, cache=self)
+        spans = [(sequence, self._lengths[sequence], n) for sequence, n in self._new]
+        positions = [p for _, start, n in spans for p in range(start, start + n)]
+        slots = [sequence * self.capacity_tokens + p for sequence, start, n in spans for p in range(start, start + n)]
+        both = torch.tensor([positions, slots], device=self._storage.device)  # [2, T]
+        self._slots = both[1]
+        return Context(lengths=tuple(n for _, n in self._new), positions=both[0], cache=self)
 
-    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> list[Tensor]:
+    def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> PaddedLatents:
         """Write the new tokens of `layer` into their slots and return views of what its sequences hold by now.
 
         Args:
@@ -112,7 +119,8 @@ class ContiguousLatentCache:
             c_kv: [T, C], normed latents; k_rope: [T, R], rotated keys; both in the cache's dtype, which is not cast.
 
         Returns:
-            For each sequence of the pass [S, C+R], a view into the cache that later passes do not change.
+            For each sequence of the pass [S, C+R], a view into the cache that later passes do not change (a copy of all
+            where a sequence between others takes no part).
         """
         if not self._new or layer != self._next_layer:
             raise RuntimeError(
@@ -123,20 +131,21 @@ class ContiguousLatentCache:
             raise RuntimeError(f"layer {layer}: {len(c_kv)} and {len(k_rope)} rows appended, but the pass has {total}")
         if c_kv.dtype != self._storage.dtype or k_rope.dtype != self._storage.dtype:
             raise RuntimeError(f"layer {layer}: {c_kv.dtype} appended to a cache of {self._storage.dtype}")
-        views, row = [], 0
-        for sequence, n in self._new:
-            start = self._lengths[sequence]
-            slots = self._storage[layer, sequence, : start + n]  # [S, C+R]
-            slots[start:, : self._latent_dim] = c_kv[row : row + n]
-            slots[start:, self._latent_dim :] = k_rope[row : row + n]
-            views.append(slots)
-            row += n
+        slots = self._storage[layer]  # [N, capacity, C+R]
+        slots.view(-1, slots.shape[-1]).index_copy_(0, self._slots, torch.cat((c_kv, k_rope), -1))
+        lengths = tuple(self._lengths[sequence] + n for sequence, n in self._new)
+        first, last = self._new[0][0], self._new[-1][0]
+        if last - first + 1 == len(self._new):
+            rows = slots[first : last + 1]
+        else:
+            rows = slots[[sequence for sequence, _ in self._new]]
         self._next_layer += 1
         if self._next_layer == len(self._storage):
             for sequence, n in self._new:
                 self._lengths[sequence] += n
             self._new = []
-        return views
+        width = -(-max(lengths) // ROUND) * ROUND
+        return PaddedLatents(rows[:, :width], lengths)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all but the first `length` tokens of `sequence`; a pass under way is broken off."""

@@ -13,8 +13,8 @@ from abyssal.checkpoint.fit import Fit
 from abyssal.checkpoint.layout import split_experts
 from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
 from abyssal.config import ModelConfig
-from abyssal.engine.generate import use_latent_cache
 from abyssal.engine.generation_config import GenerationDefaults, read_generation_defaults
+from abyssal.engine.prepare import prepare_for_inference
 from abyssal.errors import ModelDirectoryError, UsageError, nearest
 from abyssal.model import Transformer
 from abyssal.ops.kernels import choose_kernels
@@ -94,7 +94,7 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threa
     defaults = read_generation_defaults(path, config)
     model = _materialise(config, _stored_dtype(reader) if dtype == "auto" else DTYPES[dtype], place)
     _fill(model, reader)
-    use_latent_cache(model)
+    prepare_for_inference(model)
     return LoadedModel(model, tokenizer, config, defaults)
 
 

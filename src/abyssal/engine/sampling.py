@@ -18,9 +18,15 @@ from abyssal.errors import UsageError
 class SamplingParameters:
     """What a request asks for. The defaults are those DeepSeek gives for its chat models.
 
-    `temperature` divides the logits, 0 takes the most probable token; `top_k` keeps the k most probable tokens (0: all)
-    and `top_p` then the smallest set whose probability reaches p; one `seed` gives the same tokens each time, none
-    draws a new one; generation ends before the first occurrence of a `stop` string.
+    `temperature` divides the logits, 0 takes the most probable token; `min_p` keeps the tokens at least p times as
+    probable as the most probable one, `top_k` then the k most probable (0: all) and `top_p` the smallest set whose
+    probability reaches p; one `seed` gives the same tokens each time, none draws a new one; generation ends before the
+    first occurrence of a `stop` string.
+
+    Before all that, `logit_bias` is added to the logits of (token, bias) pairs; `repetition_penalty` divides the
+    positive logits of the tokens in prompt and text, and multiplies the negative ones; of the text's tokens
+    `presence_penalty` is subtracted once and `frequency_penalty` once an occurrence. `top_logprobs` asks for so many of
+    the likeliest tokens at each place.
 
     Raises:
         UsageError: a value out of its range.
@@ -32,6 +38,12 @@ class SamplingParameters:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -58,18 +70,43 @@ class SamplingParameters:
                 "stop",
                 "a tuple of strings, none of them empty",
             ),
+            (_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "from 0 to 1; 0 keeps every token"),
+            (_finite(self.presence_penalty), "presence_penalty", "a finite number; 0 changes nothing"),
+            (_finite(self.frequency_penalty), "frequency_penalty", "a finite number; 0 changes nothing"),
+            (
+                _finite(self.repetition_penalty) and self.repetition_penalty > 0,
+                "repetition_penalty",
+                "a finite number above 0; 1 changes nothing",
+            ),
+            (
+                isinstance(self.logit_bias, tuple)
+                and all(_whole(token, 0) and _finite(bias) for token, bias in self.logit_bias)
+                and len({token for token, _ in self.logit_bias}) == len(self.logit_bias),
+                "logit_bias",
+                "a tuple of pairs of a token id and a finite number, each id once",
+            ),
+            (_whole(self.top_logprobs, 0), "top_logprobs", "a whole number, at least 0"),
         ]
         for holds, field, allowed in rules:
             if not holds:
                 raise UsageError(f"{field}={getattr(self, field)!r}: must be {allowed}")
 
-    def generator(self) -> torch.Generator:
-        """Return the source of random numbers of one request, on the CPU whatever the model's device."""
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a bias or a penalty is asked for."""
+        penalised = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+        return penalised or bool(self.logit_bias)
+
+    def generator(self, index: int = 0) -> torch.Generator:
+        """Return the source of random numbers of one text, on the CPU whatever the model's device.
+
+        `index` tells the texts of one seed apart; that of 0 is the seed itself.
+        """
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(self.seed)
+            generator.manual_seed((self.seed + index) % 2**63)
         return generator
 
 
@@ -89,6 +126,9 @@ def sample(logits: Tensor, parameters: SamplingParameters, generator: torch.Gene
     wide = logits.to("cpu", torch.float64)
     scaled = (wide - wide.max()) / parameters.temperature  # the difference first: no temperature makes it overflow
     probabilities = scaled.softmax(-1)  # [V]
+    if parameters.min_p:
+        probabilities[probabilities < parameters.min_p * probabilities.max()] = 0
+        probabilities /= probabilities.sum()
     top_k, top_p = parameters.top_k, parameters.top_p
     if 0 < top_k < len(probabilities):
         ranked, order = probabilities.sort(descending=True, stable=True)
@@ -123,3 +163,7 @@ def _whole(value: object, least: int) -> bool:
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: object) -> bool:
+    return _number(value) and math.isfinite(value)  # type: ignore[arg-type]

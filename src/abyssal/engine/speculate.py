@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from abyssal.config import ModelConfig
-from abyssal.engine.generate import PREFILL_TOKENS, GeneratedToken, check_prompt, choose, run_pass
+from abyssal.engine.generate import PREFILL_TOKENS, check_prompt, run_pass
 from abyssal.engine.kept_cache import KeptCache, shared_length
 from abyssal.engine.latent_cache import ContiguousLatentCache
+from abyssal.engine.sampler import GeneratedToken, Sampler
 from abyssal.engine.sampling import SamplingParameters
 from abyssal.errors import UsageError
 from abyssal.model import Transformer
@@ -231,12 +232,12 @@ def _continue(
     drafter = kept.drafter = kept.drafter or MTPDrafter(model, capacity)
     start = kept.resume(prompt_ids, capacity, drafter.reusable(prompt_ids))
     drafter.rewind(start, capacity)
-    generator = parameters.generator()
+    sampler = Sampler(parameters, prompt_ids)
     for part in torch.tensor(prompt_ids[start:], device=device).split(PREFILL_TOKENS):
         kept.note(part.tolist())
         hidden = run_pass(model, part, cache)  # [t, D]
         drafter.extend(part.tolist(), hidden)
-    token = choose(_logits(model, hidden[-1:])[0], parameters, generator)
+    token = sampler.choose(_logits(model, hidden[-1:])[0])
     drafter.extend([token.id], hidden[:0])
     yield token
     left = 0 if token.id in eos_ids else limit - 1
@@ -247,7 +248,7 @@ def _continue(
         speculation.count_pass(len(drafts))
         sampled: list[int] = []
         for place_logits, draft in zip(_logits(model, hidden), [*drafts, None], strict=True):
-            token = choose(place_logits, parameters, generator)
+            token = sampler.choose(place_logits)
             speculation.count_token(len(sampled), accepted=token.id == draft)
             sampled.append(token.id)
             left -= 1

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from abyssal.engine.generate import GeneratedToken, generate, new_token_limit
+from abyssal.engine.generate import generate, new_token_limit
 from abyssal.engine.kept_cache import KeptCache
 from abyssal.engine.load import LoadedModel
+from abyssal.engine.sampler import GeneratedToken
 from abyssal.engine.sampling import SamplingParameters
 from abyssal.engine.speculate import Speculation, generate_speculatively
 from abyssal.engine.stop_strings import StopStringFilter

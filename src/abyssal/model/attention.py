@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from abyssal.config import ModelConfig
 from abyssal.model.context import Context
 from abyssal.model.layers import Linear, RMSNorm
-from abyssal.ops.attention import Attention, latent_attention
+from abyssal.ops.attention import Attention
+from abyssal.ops.latent_attention import LatentAttention, latent_attention
+from abyssal.ops.rms_norm import Normalise, rms_norm
 from abyssal.ops.rotary import rotate
 
 #: eps of the norms on the latents, fixed in the released modelling code whatever `rms_norm_eps` says.
@@ -59,9 +61,9 @@ class AbsorbedCore:
     once.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernel: LatentAttention = latent_attention) -> None:
         """Serve `layer`, whose latents go to the context's cache (without one, the tokens at hand are all there is)."""
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.kernel = config, layer, kernel
 
     def __call__(
         self, q_c: Tensor, q_r: Tensor, c_kv: Tensor, k_r: Tensor, kv_b_proj: nn.Module, ctx: Context
@@ -70,20 +72,20 @@ class AbsorbedCore:
         cfg = self.config
         weight: Tensor = kv_b_proj.weight.to(q_c.dtype)  # type: ignore[assignment]
         w_uk, w_uv = weight.unflatten(0, (cfg.num_attention_heads, -1)).split((cfg.qk_nope_head_dim, cfg.v_head_dim), 1)
-        q_latent = torch.einsum("thn,hnc->thc", q_c, w_uk)  # [T, H, C]  eq. 2 moved to the query's side
+        q_latent = torch.bmm(q_c.transpose(0, 1), w_uk)  # [H, T, C]  eq. 2 moved to the query's side
         if ctx.cache is None:
             cached: Sequence[Tensor] = torch.cat((c_kv, k_r), -1).split(ctx.lengths)
         else:
             cached = ctx.cache.append(self.layer, c_kv, k_r)  # [S, C+R] of each sequence
-        queries = zip(q_latent.split(ctx.lengths), q_r.split(ctx.lengths), cached, strict=True)
-        o_latent = torch.cat([latent_attention(q, r, c, cfg.softmax_scale) for q, r, c in queries])  # eq. 10
-        return torch.einsum("thc,hvc->thv", o_latent, w_uv)  # [T, H, V]  eq. 5 moved behind the sum
+        o_latent = self.kernel(q_latent.transpose(0, 1), q_r, cached, ctx.lengths, cfg.softmax_scale)  # eq. 10
+        o = torch.bmm(o_latent.transpose(0, 1), w_uv.transpose(1, 2))  # [H, T, V]  eq. 5 moved behind the sum
+        return o.transpose(0, 1)  # [T, H, V]
 
 
 class MultiHeadLatentAttention(nn.Module):
     """Attention whose keys and values come from one small latent a token, which is all that is cached."""
 
-    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+    def __init__(self, config: ModelConfig, core: AttentionCore, normalise: Normalise = rms_norm) -> None:
         """Build the projections; `core` is replaced from outside to decode over a cache."""
         super().__init__()
         self.config, self.core = config, core
@@ -92,10 +94,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = Linear(d, heads * config.qk_head_dim)
         else:
             self.q_a_proj = Linear(d, config.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, normalise)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(d, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, normalise)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, d)
 

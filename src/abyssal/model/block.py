@@ -25,9 +25,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
         """Build layer number `layer`: dense below `first_k_dense_replace`, a mixture of experts from there on."""
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, NaiveCore(config, kernels.attention))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
+        self.self_attn = MultiHeadLatentAttention(config, NaiveCore(config, kernels.attention), kernels.rms_norm)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
         self.mlp: DenseFFN | MixtureOfExperts
         if config.is_moe(layer):
             self.mlp = MixtureOfExperts(config, layer, kernels.experts)

@@ -170,7 +170,7 @@ class MixtureOfExperts(nn.Module):
         """Run the routed experts on `rows` and the shared ones on `hidden`."""
         rows = self.experts(state["rows"], state["row_weights"], state["counts"])
         output = self.shared_experts(state["hidden"])
-        kept = {name: state[name] for name in ("residual", "counts", "order", "inverse")}
+        kept = {name: value for name, value in state.items() if name not in ("hidden", "row_weights")}
         return {**kept, "rows": rows, "output": output}
 
     def combine(self, state: State) -> Tensor:

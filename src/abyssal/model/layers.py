@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from abyssal.ops.rms_norm import rms_norm
+from abyssal.ops.rms_norm import Normalise, rms_norm
 
 
 class Linear(nn.Module):
@@ -28,12 +28,12 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a learned scale."""
 
-    def __init__(self, size: int, eps: float) -> None:
-        """Allocate the scale [size]."""
+    def __init__(self, size: int, eps: float, kernel: Normalise = rms_norm) -> None:
+        """Allocate the scale [size]; `kernel` is the version of the operation to run."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps, self.kernel = eps, kernel
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dim of [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
+        return self.kernel(x, self.weight, self.eps)

@@ -18,10 +18,10 @@ from abyssal.ops.kernels import Kernels
 class SharedHead(nn.Module):
     """The MTP module's own final norm; the output head behind it is the main model's."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         """Build the norm."""
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
 
 
 class MTPBlock(Block):
@@ -36,10 +36,10 @@ class MTPBlock(Block):
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
         """Build the block, and the two norms and the projection before it."""
         super().__init__(config, layer, kernels)
-        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
-        self.shared_head = SharedHead(config)
+        self.shared_head = SharedHead(config, kernels)
 
     def predict(self, h: Tensor, next_embedding: Tensor, ctx: Context) -> Tensor:
         """Return the hidden states that the output head reads, and that the next module starts from.

@@ -44,7 +44,7 @@ class Trunk(nn.Module):
             (Block if layer < config.num_hidden_layers else MTPBlock)(config, layer, kernels)
             for layer in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
 
 
 class Transformer(nn.Module):

@@ -1,7 +1,6 @@
-"""Causal attention over packed sequences: keys and values expanded, or absorbed into the latent.
+"""Causal attention over packed sequences, with keys and values expanded.
 
-Legend: T packed query tokens, S cached tokens of one sequence, H heads, K query/key dims, V value dim, C latent dim,
-R rotary dims.
+Legend: T packed tokens, H heads, K query/key dims, V value dim.
 """
 
 from __future__ import annotations
@@ -126,29 +125,3 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], s
     q_m, k_m, v_m = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [n*H, t, .]
     o: Tensor = _BlockedAttention.apply(q_m, k_m, v_m, scale)  # type: ignore[no-untyped-call]
     return o.view(len(lengths), heads, -1, value_dim).transpose(1, 2).flatten(0, 1)  # [T, H, V]
-
-
-def latent_attention(q_latent: Tensor, q_rope: Tensor, cached: Tensor, scale: float) -> Tensor:  # [t, H, C]
-    """Attend over the latent cache itself: all heads share one key of C + R dims and one value of C dims.
-
-    Args:
-        q_latent: [t, H, C], the newest t tokens' queries with W_UK absorbed.
-        q_rope: [t, H, R].
-        cached: [S, C+R], all cached latents of the sequence with their rotary keys beside them, the newest t included:
-            read where they lie, since a copy would cost more than the products of a single new token.
-        scale: multiplies the scores before the softmax.
-
-    Returns:
-        [t, H, C], the attended latents, in q's dtype; scores and softmax in at least fp32.
-
-    Paper: §2.1.1 eq. 10, with W_UK and W_UV absorbed into query and output as DeepSeek-V2 describes.
-    """
-    t, s = q_latent.shape[0], cached.shape[0]
-    wide = torch.promote_types(q_latent.dtype, torch.float32)
-    queries = torch.cat((q_latent, q_rope), -1).to(wide)  # [t, H, C+R]
-    scores = (queries.flatten(0, 1) @ cached.to(wide).T).view(t, -1, s) * scale  # [t, H, S]
-    if t > 1:  # a single new token sees everything
-        future = torch.ones(t, s, dtype=torch.bool, device=cached.device).triu(s - t + 1)
-        scores = scores.masked_fill(future[:, None], float("-inf"))
-    weights = scores.softmax(-1).to(cached.dtype)
-    return (weights.flatten(0, 1) @ cached[:, : q_latent.shape[-1]]).view_as(q_latent)

@@ -55,10 +55,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             h, target = hidden[a : a + rows], targets[a : a + rows]
             logits = torch.mm(h, head.T, out=buffer[: len(h)])  # [rows, V], becomes its own gradient
             for part, t in zip(logits.split(few), target.split(few), strict=True):
-                log_p = part.log_softmax(-1, dtype=wide)
-                total -= log_p.gather(1, t[:, None]).sum()
+                p = part.softmax(-1, dtype=wide)
+                top = part.amax(-1, keepdim=True).to(wide)
+                log_sum = top - p.amax(-1, keepdim=True).log_()  # the softmax has summed already: no second exp
+                total += (log_sum - part.gather(1, t[:, None])).sum()
                 if need_hidden or need_weight:
-                    p = log_p.exp_()
                     p.scatter_add_(1, t[:, None], p.new_full((1, 1), -1.0).expand(len(t), 1))
                     part.copy_(p)
             if d_hidden is not None:

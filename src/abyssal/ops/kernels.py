@@ -10,6 +10,8 @@ import torch
 from abyssal.ops.attention import Attention, attention, blocked_attention, sdpa_attention
 from abyssal.ops.cross_entropy import CrossEntropy, chunked_linear_cross_entropy, linear_cross_entropy
 from abyssal.ops.experts import Experts, expert_ffn, segmented_expert_ffn
+from abyssal.ops.latent_attention import LatentAttention, batched_latent_attention, latent_attention
+from abyssal.ops.rms_norm import Normalise, lean_rms_norm, rms_norm
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,10 @@ class Kernels:
     """One version of every operation that has several; the defaults are the definitions."""
 
     attention: Attention = attention
+    latent_attention: LatentAttention = latent_attention
     experts: Experts = expert_ffn
     cross_entropy: CrossEntropy = linear_cross_entropy
+    rms_norm: Normalise = rms_norm
 
     def describe(self) -> dict[str, str]:
         """Return the chosen function's name for each operation."""
@@ -30,8 +34,10 @@ Version = Callable[..., torch.Tensor]
 #: The versions of each operation, the fastest first; the definition comes last and serves everywhere.
 VERSIONS: dict[str, tuple[Version, ...]] = {
     "attention": (blocked_attention, sdpa_attention, attention),
+    "latent_attention": (batched_latent_attention, latent_attention),
     "experts": (segmented_expert_ffn, expert_ffn),
     "cross_entropy": (chunked_linear_cross_entropy, linear_cross_entropy),
+    "rms_norm": (lean_rms_norm, rms_norm),
 }
 
 

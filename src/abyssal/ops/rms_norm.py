@@ -5,12 +5,17 @@ Shapes: [..., D] rows of width D.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+Normalise = Callable[[Tensor, Tensor, float], Tensor]
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scale each row to unit root mean square, then by `weight`.
+    """The definition: scale each row to unit root mean square, then by `weight`.
 
     Args:
         x: [..., D].
@@ -23,3 +28,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return h.to(x.dtype) * weight.to(x.dtype)
+
+
+class _LeanRMSNorm(torch.autograd.Function):
+    """Keeps the normed rows and one factor a row; from these the backward needs a third of autograd's passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        h = x.to(wide)
+        mean_square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        factor = mean_square.add_(eps).rsqrt_()  # [..., 1]
+        normed = (h * factor).to(x.dtype)
+        ctx.save_for_backward(normed, factor, weight)
+        y: Tensor = normed * weight.to(x.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, factor, weight = ctx.saved_tensors
+        wide, width = factor.dtype, normed.shape[-1]
+        d_weight = (grad * normed).view(-1, width).sum(0, dtype=wide)
+        d_normed = grad * weight.to(grad.dtype)
+        along = (d_normed * normed).sum(-1, keepdim=True, dtype=wide).div_(width)  # what only lengthens the row
+        d_x = torch.addcmul(d_normed.to(wide), normed.to(wide), along, value=-1.0).mul_(factor)
+        return d_x.to(grad.dtype), d_weight.to(weight.dtype), None
+
+
+def lean_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` with a backward of its own in fewer passes over memory; first derivatives only."""
+    return _LeanRMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]

@@ -5,6 +5,8 @@ Legend: T packed tokens, H heads, R rotary dims.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Differs: transformers returns the two halves apart (the same dot products, another cache layout).
     """
-    shape = (x.shape[0], *[1] * (x.dim() - 2), cos.shape[-1])  # [T, 1..., R/2]
-    cos, sin = cos.view(shape), sin.view(shape)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)  # [T, ..., R/2, 2]
-    return rotated.flatten(-2).to(x.dtype)  # [T, ..., R]
+    return _Rotate.apply(x, torch.complex(cos, sin))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Rotate(torch.autograd.Function):
+    """A pair is a complex number, and turning the gradient back is its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turn: Tensor) -> Tensor:  # [T, ..., R], [T, R/2]
+        ctx.save_for_backward(turn)
+        return _turned(x, turn)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _turned(grad, ctx.saved_tensors[0].conj()), None
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Return (x0 + i x1) * turn for each pair of x."""
+    turn = turn.view(x.shape[0], *[1] * (x.dim() - 2), turn.shape[-1])  # [T, 1..., R/2]
+    wide = x.to(turn.real.dtype, copy=True, memory_format=torch.contiguous_format)  # complex views need even offsets
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn  # [T, ..., R/2]
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)  # [T, ..., R]

@@ -7,6 +7,7 @@ activations, softmax, rotation and the optimizer are left out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -100,6 +101,34 @@ def decode_flops(config: ModelConfig, context_length: int, *, absorbed: bool = T
     layers = config.num_hidden_layers
     flops = _products(count_parameters(config).activated_main, 2 * a_key * context_length * layers, head=_head(config))
     return flops + TokenFlops(attention_projections=2 * expansion * layers)
+
+
+def muon_flops(config: ModelConfig, iterations: int = 5) -> int:
+    """Count the FLOPs of one step's orthogonalisation of all hidden matrices by Newton-Schulz iteration.
+
+    An iteration on a matrix of sides a <= b multiplies a a b, a a a and a a b. Embedding, head and gates are not
+    orthogonalised.
+    """
+    return sum(times * iterations * 2 * (2 * a * a * b + a**3) for (a, b), times in _hidden_matrices(config))
+
+
+def _hidden_matrices(config: ModelConfig) -> Iterator[tuple[tuple[int, int], int]]:
+    """Yield (sides, the smaller first) of each kind of hidden matrix, and how many the model has."""
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_layers
+    queries = heads * config.qk_head_dim
+    rank = config.q_lora_rank
+    shapes = [(hidden, queries)] if rank is None else [(hidden, rank), (rank, queries)]
+    shapes.append((hidden, config.kv_lora_rank + config.qk_rope_head_dim))
+    shapes.append((config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)))
+    shapes.append((heads * config.v_head_dim, hidden))
+    counted = [(shape, layers) for shape in shapes]
+    moe_layers = layers - config.first_k_dense_replace
+    counted.append(((hidden, config.intermediate_size), 3 * config.first_k_dense_replace))
+    counted.append(((hidden, config.moe_intermediate_size), 3 * config.n_routed_experts * moe_layers))
+    counted.append(((hidden, config.n_shared_experts * config.moe_intermediate_size), 3 * moe_layers))
+    counted.append(((hidden, 2 * hidden), config.num_nextn_predict_layers))
+    for (a, b), times in counted:
+        yield (min(a, b), max(a, b)), times
 
 
 def _products(parts: Parts, scores: int, head: int) -> TokenFlops:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from abyssal.config import RunConfig
 
 
 def count_steps(run: RunConfig, tokens: float | None = None) -> int:
-    """Return the optimizer steps that see the first `tokens` of the run; without it, the whole run.
+    """Return the optimizer steps that see the first `tokens` of the run; without it, the whole run."""
+    return sum(steps for _, steps in batches(run, tokens))
+
+
+def batches(run: RunConfig, tokens: float | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (sequences a step, so many such steps) for the first `tokens` of the run; without it, the whole run.
 
     The batch ramp is walked step by step, and what follows it is divided. The last step may reach past the end.
     """
@@ -16,8 +22,12 @@ def count_steps(run: RunConfig, tokens: float | None = None) -> int:
     schedule = run.schedule.batch_size
     unit = run.train.tokens if schedule.unit == "fraction" else 1.0
     ramp_end = min(end, schedule.segments[-1].until * unit if schedule.segments else 0.0)
-    steps, seen = 0, 0
+    seen = 0
     while seen < ramp_end:
-        seen += run.batch_size_at(seen) * run.train.sequence_length
-        steps += 1
-    return steps + max(0, math.ceil((end - seen) / (run.batch_size_at(seen) * run.train.sequence_length)))
+        size = run.batch_size_at(seen)
+        seen += size * run.train.sequence_length
+        yield size, 1
+    size = run.batch_size_at(seen)
+    rest = math.ceil((end - seen) / (size * run.train.sequence_length))
+    if rest > 0:
+        yield size, rest

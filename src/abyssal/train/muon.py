@@ -6,6 +6,7 @@ Legend: L stacked matrices, A rows, B columns.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 #: end within about 0.7 to 1.2, not exactly at 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+#: Matrices of equal shape that are made orthogonal together: enough to fill a processor's threads, few enough to stay
+#: near its cache.
+BATCH = 16
 
 
 @torch.no_grad()
@@ -34,10 +38,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = x.mT if tall else x  # the smaller side's Gram matrix is the cheaper one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    result: Tensor = x.mT if tall else x
-    return result
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,14 +57,13 @@ class Muon(torch.optim.Optimizer):
         *,
         momentum: float,
         weight_decay: float,
-        lr_scale: float = 1.0,
     ) -> None:
-        """Take matrices, or groups of them.
+        """Take matrices, or groups of them, whose `lr` is set before each step.
 
-        Their learning rate is the group's `lr`, set before each step, times `lr_scale`. A group's `parts` says of how
-        many matrices, one above the other, each of its matrices consists (2 for gate_up_proj); 1 if not given.
+        A group's `parts` says of how many matrices, one above the other, each of its matrices consists (2 for
+        gate_up_proj); 1 if not given.
         """
-        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "lr_scale": lr_scale, "parts": 1}
+        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
@@ -68,25 +71,27 @@ class Muon(torch.optim.Optimizer):
         """Update every matrix that has a gradient, in place; `closure` is not supported."""
         assert closure is None, "Muon is stepped after the backward pass, without a closure"
         for group in self.param_groups:
-            lr = group["lr"] * group["lr_scale"]
+            lr, alike = group["lr"], defaultdict[tuple[int, ...], list[Tensor]](list)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                direction = self._momentum(parameter, group["momentum"])
-                rows, columns = direction.shape[-2] // group["parts"], direction.shape[-1]
-                stack = direction.reshape(-1, rows, columns)  # [L, A, B]
-                update = orthogonalise(stack).view_as(parameter)
-                parameter.mul_(1.0 - lr * group["weight_decay"])
-                parameter.add_(update, alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
+                if parameter.grad is not None:
+                    alike[parameter.shape[-2:]].append(parameter)
+            for (height, columns), parameters in alike.items():
+                rows = height // group["parts"]
+                directions = [self._momentum(p, group["momentum"]).view(-1, rows, columns) for p in parameters]
+                matrices = torch.cat(directions).split(BATCH)  # [L, A, B] each
+                updates = torch.cat([orthogonalise(batch) for batch in matrices])
+                for parameter, update in zip(parameters, updates.split([len(d) for d in directions]), strict=True):
+                    parameter.mul_(1.0 - lr * group["weight_decay"])
+                    parameter.add_(update.view_as(parameter), alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Take the gradient into the parameter's momentum and return Nesterov's look ahead."""
+        """Take the gradient into the parameter's momentum and return Nesterov's look ahead, rounded to bf16."""
         gradient: Tensor = parameter.grad  # type: ignore[assignment]
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1.0 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+        return gradient.lerp(state["momentum"], momentum).to(torch.bfloat16)
 
 
 def muon_tensors(optimizer: Muon, parameters: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -17,7 +17,10 @@ TABLES = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
 
 
 class Optimizers:
-    """One or two optimizers over the (fp32) master weights, each over parameters of its own."""
+    """One or two optimizers over the (fp32) master weights, each over parameters of its own.
+
+    A group's `lr_scale` multiplies the schedule's learning rate; 1 if not given.
+    """
 
     def __init__(self, adamw: torch.optim.AdamW, muon: Muon | None = None) -> None:
         """Step `adamw`, and `muon` if there is one."""
@@ -37,7 +40,7 @@ class Optimizers:
     def step(self, learning_rate: float) -> None:
         """Update all parameters in place."""
         for group in self.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self.adamw.step()
         if self.muon is not None:
             self.muon.step()
@@ -71,13 +74,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizers:
     )
     if not hidden:
         return Optimizers(adamw)
+    for group in adamw.param_groups:
+        group["lr_scale"] = config.beside_muon_lr_scale
     stacked = [p for n, p in hidden.items() if n.endswith("gate_up_proj")]
     single = [p for n, p in hidden.items() if not n.endswith("gate_up_proj")]
     muon = Muon(
-        [group for group in ({"params": single, "parts": 1}, {"params": stacked, "parts": 2}) if group["params"]],
+        [
+            {"params": matrices, "parts": parts, "lr_scale": config.muon_lr_scale}
+            for matrices, parts in ((single, 1), (stacked, 2))
+            if matrices
+        ],
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
-        lr_scale=config.muon_lr_scale,
     )
     return Optimizers(adamw, muon)
 

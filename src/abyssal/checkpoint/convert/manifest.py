@@ -1,0 +1,94 @@
+"""`manifest.json`: length and checksum of every file of a converted directory, and the comparison with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from abyssal.checkpoint.atomic import os_faults
+from abyssal.checkpoint.model_directory import read_model_directory
+from abyssal.config.frozen import Frozen
+from abyssal.errors import ModelDirectoryError
+
+MANIFEST = "manifest.json"
+CHUNK = 2**22
+
+
+class FileRecord(Frozen):
+    """A file that is whole."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Frozen):
+    """What a conversion wrote: the format of its weights, and its files by name."""
+
+    format: str
+    files: dict[str, FileRecord]
+
+
+def hash_file(path: Path, tick: Callable[[int], None] = lambda count: None) -> FileRecord:
+    """Read a file whole and return its length and checksum; `tick` is told the bytes as they are read.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    digest, length = hashlib.sha256(), 0
+    chunk = bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            digest.update(memoryview(chunk)[:count])
+            length += count
+            tick(count)
+    return FileRecord(bytes=length, sha256=digest.hexdigest())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a directory.
+
+    Raises:
+        ModelDirectoryError: there is none, or it is damaged.
+    """
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ModelDirectoryError(f"{folder / MANIFEST}: no such file, so there is nothing to compare with") from None
+    except (OSError, ValidationError):
+        raise ModelDirectoryError(f"{folder / MANIFEST}: damaged; convert again") from None
+
+
+def verify_directory(folder: Path, tick: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+    """Read a converted directory whole and compare it with its manifest, and its tensors with its config.
+
+    `tick` is told the bytes that were read, and how many there are.
+
+    Raises:
+        ModelDirectoryError: names every file that is missing, surplus or different, or every tensor that does not fit.
+    """
+    manifest = read_manifest(folder)
+    faults = []
+    done, total = 0, sum(record.bytes for record in manifest.files.values())
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        tick(done, total)
+
+    with os_faults(ModelDirectoryError, folder, "compare it with its manifest"):
+        found = {file.name for file in folder.iterdir()} - {MANIFEST}
+        for name, record in manifest.files.items():
+            if name not in found:
+                faults.append(f"{name} is missing")
+            elif (size := (folder / name).stat().st_size) != record.bytes:
+                faults.append(f"{name} has {size:,} bytes instead of {record.bytes:,}")
+            elif hash_file(folder / name, count).sha256 != record.sha256:
+                faults.append(f"{name} has another checksum")
+    faults += [f"{name} is not in the manifest" for name in sorted(found - manifest.files.keys())]
+    if faults:
+        raise ModelDirectoryError(f"{folder}: is not as it was written: {', '.join(faults)}; convert again")
+    read_model_directory(folder, needs_tokenizer=False)[1].check()
+    return manifest

@@ -1,0 +1,148 @@
+"""One file of the output: its tensors read, converted and written a few rows at a time, hashed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abyssal.checkpoint.atomic import os_faults
+from abyssal.checkpoint.convert.manifest import FileRecord
+from abyssal.checkpoint.convert.places import DTYPES, Place, PlaceReader
+from abyssal.checkpoint.convert.plan import Shard, Target
+from abyssal.checkpoint.fit import is_finite
+from abyssal.checkpoint.safetensors_files import FP8
+from abyssal.errors import ModelDirectoryError
+from abyssal.ops.block_fp8 import BLOCK, dequantise_blocks, quantise_blocks, requantise_blocks, scale_rows, scale_shape
+
+#: Values converted at once: few enough that they stay in the processor's cache, many enough for long reads and writes.
+VALUES = 2**21
+#: Bytes after which the system is asked to begin writing to the disk, so that no long wait is left for the end.
+WRITE_BEHIND = 2**25
+
+#: Is told the bytes that were written since the last call.
+Tick = Callable[[int], None]
+
+
+def write_shard(folder: Path, shard: Shard, tick: Tick) -> FileRecord:
+    """Write one file, flush it to the disk and give it its name; return its length and checksum.
+
+    Raises:
+        ModelDirectoryError: the disk refused, or a tensor is not finite.
+    """
+    part = folder / f"{shard.name}.{os.getpid()}.part"  # a process of its own: two never write to one file
+    with os_faults(ModelDirectoryError, folder / shard.name, "write the weights"):
+        try:
+            with part.open("wb") as file, PlaceReader() as reader:
+                output = _Output(file.fileno(), tick)
+                output.write(memoryview(shard.header()))
+                tensors = _Tensors(reader, shard.power_of_two)
+                for target in shard.targets:
+                    for rows in tensors.rows(target):
+                        output.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+                os.fsync(file.fileno())
+            part.replace(folder / shard.name)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    return FileRecord(bytes=output.length, sha256=output.digest.hexdigest())
+
+
+class _Output:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, descriptor: int, tick: Tick) -> None:
+        self.digest = hashlib.sha256()
+        self.length = 0
+        self._descriptor, self._tick, self._asked = descriptor, tick, 0
+
+    def write(self, data: memoryview) -> None:
+        self.digest.update(data)
+        self.length += len(data)
+        self._tick(len(data))
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        if self.length - self._asked >= WRITE_BEHIND and hasattr(os, "posix_fadvise"):
+            # what is not needed again goes to the disk now; what has arrived there since leaves the system's cache
+            begin = max(0, self._asked - 4 * WRITE_BEHIND)
+            os.posix_fadvise(self._descriptor, begin, self.length - begin, os.POSIX_FADV_DONTNEED)
+            self._asked = self.length
+
+
+class _Tensors:
+    """The tensors of one file of the output, in rows; keeps the scales that it made until they are written."""
+
+    def __init__(self, reader: PlaceReader, power_of_two: bool) -> None:
+        self._reader, self._power_of_two = reader, power_of_two
+        self._scales: dict[Place, Tensor] = {}  # fp32, by the place of their weight
+
+    def rows(self, target: Target) -> Iterator[Tensor]:
+        """Yield the tensor in its new format, some rows at a time."""
+        if target.is_scale:
+            yield self._scale(target)
+            self._scales.pop(target.weight, None)
+        elif target.weight.dtype == FP8 != target.dtype:
+            yield from self._dequantised(target)
+        elif target.dtype == FP8 != target.weight.dtype:
+            yield from self._quantised(target)
+        else:
+            for start, stop in row_blocks(target.weight):
+                rows = self._reader.rows(target.weight, start, stop).to(DTYPES[target.dtype])
+                yield _finite(target, rows)
+
+    def _dequantised(self, target: Target) -> Iterator[Tensor]:
+        scale = self._scale(target)
+        for start, stop in row_blocks(target.weight):
+            rows = self._reader.rows(target.weight, start, stop)
+            yield _finite(target, dequantise_blocks(rows, scale[scale_rows(start, stop)], DTYPES[target.dtype]))
+
+    def _quantised(self, target: Target) -> Iterator[Tensor]:
+        known = target.scale is not None or target.weight in self._scales
+        scale = self._scale(target) if known else torch.empty(scale_shape(target.shape))
+        for start, stop in row_blocks(target.weight):
+            rows = self._reader.rows(target.weight, start, stop)
+            blocks = scale_rows(start, stop)
+            if known:
+                values = requantise_blocks(rows, scale[blocks])
+            else:
+                values, scale[blocks] = quantise_blocks(rows, power_of_two=self._power_of_two)
+            yield _finite(target, values, "is not finite, or too large for the given scales" if known else NOT_FINITE)
+        self._scales[target.weight] = scale
+
+    def _scale(self, target: Target) -> Tensor:
+        """Return the scales of a weight: as they stand in a file, as made before, or made now."""
+        if target.scale is not None:
+            return self._reader.whole(target.scale)
+        if target.weight not in self._scales:
+            parts = [
+                quantise_blocks(self._reader.rows(target.weight, *rows), power_of_two=self._power_of_two)[1]
+                for rows in row_blocks(target.weight)
+            ]
+            self._scales[target.weight] = torch.cat(parts)
+        return self._scales[target.weight]
+
+
+def row_blocks(place: Place) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the rows to take at a time: multiples of 128, about `VALUES` values."""
+    rows, columns = place.matrix
+    step = max(BLOCK, VALUES // max(columns, 1) // BLOCK * BLOCK)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+NOT_FINITE = "holds NaN or infinity"
+
+
+def _finite(target: Target, values: Tensor, fault: str = NOT_FINITE) -> Tensor:
+    """Return the values, of which none is NaN or infinite.
+
+    Raises:
+        ModelDirectoryError: one is; names the tensor.
+    """
+    if not is_finite(values):
+        raise ModelDirectoryError(f"{target.weight.file}: {target.name} {fault}; nothing is written of a damaged model")
+    return values

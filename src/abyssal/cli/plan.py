@@ -1,0 +1,267 @@
+"""`abyssal plan`: what a run costs in time, memory and money, without torch and without an accelerator."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from abyssal.config import RunConfig
+    from abyssal.plan.calibration import Calibration
+    from abyssal.plan.hardware import Cluster
+    from abyssal.plan.layout import Layout
+    from abyssal.plan.training_plan import StepPlan
+
+LAYOUT = "Layout (none of these: the report's where it fits, else the fastest that is found)"
+OUTPUT = "Output"
+PLAN_HELP = """What a run costs, before anything is bought: abyssal plan RECIPE --cluster CHIP:DEVICES.
+
+The other commands look at a schedule alone, and at the placement of experts.
+"""
+
+
+class PlanGroup(TyperGroup):
+    """The commands of `abyssal plan`; what is none of them is a recipe, or an option of the plan of one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the name of the plan's own command before its arguments."""
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["recipe", *args]
+        return list(super().parse_args(ctx, args))
+
+
+def plan_recipe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe or a .toml file.")],
+    cluster: Annotated[str, typer.Option("--cluster", metavar="CHIP:DEVICES", help="h800:2048, h100:64, ...")],
+    hardware: Annotated[
+        Path | None, typer.Option("--hardware", metavar="FILE", help="A TOML file with chips of your own.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="Length of the run: 14.8T, 300B, 1e9.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Sequences a step, in place of the schedule.")] = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option("--then", metavar="RECIPE", help="A phase that follows on the same devices; may be repeated."),
+    ] = None,
+    other_hours: Annotated[float, typer.Option("--other-hours", help="Device hours to add: post-training.")] = 0.0,
+    price: Annotated[float, typer.Option("--price", help="Money a device hour.")] = 2.0,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", rich_help_panel=LAYOUT, help="dualpipe, 1f1b, ...")
+    ] = None,
+    pp: Annotated[int | None, typer.Option("--pp", rich_help_panel=LAYOUT, help="Pipeline ranks.")] = None,
+    ep: Annotated[int | None, typer.Option("--ep", rich_help_panel=LAYOUT, help="Expert-parallel devices.")] = None,
+    tp: Annotated[int | None, typer.Option("--tp", rich_help_panel=LAYOUT, help="Tensor-parallel devices.")] = None,
+    cp: Annotated[int | None, typer.Option("--cp", rich_help_panel=LAYOUT, help="Context-parallel devices.")] = None,
+    stages_per_rank: Annotated[
+        int | None, typer.Option("--stages-per-rank", rich_help_panel=LAYOUT, help="Of the schedule interleaved.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", rich_help_panel=LAYOUT, help="Sequences a micro-batch.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", rich_help_panel=LAYOUT, help="fp8 (where the chip has it) or bf16.")
+    ] = None,
+    recompute: Annotated[
+        str | None, typer.Option("--recompute", rich_help_panel=LAYOUT, help="published, none or full.")
+    ] = None,
+    overlap: Annotated[
+        bool | None,
+        typer.Option("--overlap/--no-overlap", rich_help_panel=LAYOUT, help="All-to-all under computation."),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Rank layouts by step time, and say why others fail.")
+    ] = False,
+    memory: Annotated[
+        float | None, typer.Option("--memory", metavar="GB", help="Memory limit a device.", show_default="the chip's")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON, figures exact.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="Write a page.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", rich_help_panel=OUTPUT, help="Write a trace of a step for Perfetto."),
+    ] = None,
+) -> None:
+    """Predict a run: does it fit, how long is a step, where does the time go, what does it cost.
+
+    Examples:
+
+        abyssal plan v3_671b --cluster h800:2048
+        abyssal plan v3_671b --cluster h800:2048 --then v3_671b_32k --then v3_671b_128k --other-hours 5000
+        abyssal plan v3_671b --cluster h100:1024 --precision bf16 --search
+        abyssal plan v3_16b --cluster h100:64 --tokens 300B --html plan.html
+    """
+    from abyssal.plan.calibration import Calibration
+    from abyssal.plan.facts import plan_facts, search_facts
+    from abyssal.plan.hardware import packaged_chips, parse_cluster, read_chips
+    from abyssal.plan.inference import inference_facts
+    from abyssal.plan.search import search as search_layouts
+    from abyssal.plan.training_plan import plan_training
+
+    chips = packaged_chips() | (read_chips(hardware) if hardware else {})
+    devices = parse_cluster(cluster, chips)
+    runs = load_runs(recipe, then or [], overrides or [], tokens, batch)
+    check_money(price, other_hours, memory)
+    limit = devices.chip.memory_bytes if memory is None else memory * 1e9
+    calibration = Calibration()
+    given = {
+        "schedule": schedule, "pp_size": pp, "ep_size": ep, "tp_size": tp, "cp_size": cp, "overlap": overlap,
+        "stages_per_rank": stages_per_rank, "micro_batch_size": micro_batch,
+        "precision": precision, "recompute": recompute,
+    }  # fmt: skip
+    base, chosen = start_layout(devices, given)
+    found = None
+    planned = chosen or fits(runs[0], devices, base, calibration, limit)
+    if search or not planned:
+        found = search_layouts(runs[0], devices, base, calibration, limit)
+        base = base if planned else best_of(found)
+    training = replace(plan_training(runs, devices, base, calibration, price), other_hours=other_hours)
+    step = training.phases[0].step
+    refuse_excess(step, calibration, limit)
+    facts = plan_facts(training, limit)
+    facts["inference"] = inference_facts(runs[0].model, devices, calibration)
+    if found is not None:
+        facts["search"] = search_facts(found, limit)
+    write_files(step, facts, html, trace)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    from abyssal.cli.plan_text import print_plan
+
+    print_plan(facts, step, searched=search, written=[path for path in (html, trace) if path])
+
+
+def load_runs(
+    recipe: str, then: list[str], overrides: list[str], tokens: str | None, batch: int | None
+) -> list[RunConfig]:
+    """Return the run, with the length and the batch that the options say, and the phases after it."""
+    from abyssal.config import load_recipe
+    from abyssal.errors import UsageError
+
+    settings = [*overrides]
+    if tokens is not None:
+        settings.append(f"train.tokens={read_count(tokens)}")
+    if batch is not None:
+        if batch < 1:
+            raise UsageError(f"--batch {batch}: must be at least 1 sequence")
+        settings += [f"schedule.batch_size={{start = {batch}, segments = []}}"]
+    return [load_recipe(recipe, settings), *(load_recipe(name) for name in then)]
+
+
+def read_count(text: str) -> int:
+    """Read a number of tokens: 14.8T, 300B, 1e9, 12000.
+
+    Raises:
+        UsageError: no number, or none from 1 to 10^18.
+    """
+    from abyssal.errors import UsageError
+
+    factor = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3}.get(text[-1:].upper())
+    try:
+        value = float(text[:-1] if factor else text) * (factor or 1.0)
+    except ValueError:
+        raise UsageError(f"--tokens {text}: must be a number, such as 14.8T, 300B or 1e9") from None
+    if not 1 <= value <= 1e18:
+        raise UsageError(f"--tokens {text}: must be from 1 to 10^18")
+    return round(value)
+
+
+def check_money(price: float, other_hours: float, memory: float | None) -> None:
+    """Raise UsageError where a price, a number of hours or a limit makes no sense."""
+    from abyssal.errors import UsageError
+
+    for option, value, most in (("--price", price, 1e6), ("--other-hours", other_hours, 1e12)):
+        if not 0 <= value <= most:
+            raise UsageError(f"{option} {value:g}: must be from 0 to {most:g}")
+    if memory is not None and not 0 < memory <= 1e6:
+        raise UsageError(f"--memory {memory:g}: must be a number of GB above 0 and at most 1e6")
+
+
+def start_layout(cluster: Cluster, given: dict[str, Any]) -> tuple[Layout, bool]:
+    """Return the layout of the options, and whether they choose degrees; without degrees it is the report's."""
+    from abyssal.plan.layout import PUBLISHED, Layout, Precision
+
+    degrees = ("schedule", "pp_size", "ep_size", "tp_size", "stages_per_rank")
+    chosen = any(given[name] is not None for name in degrees)
+    if cluster.chip.sms is None:  # no accelerator: Abyssal's own trainer, as it is
+        base = Layout(precision="bf16", recompute="none", state="trainer")
+    else:
+        precision: Precision = "bf16" if cluster.chip.fp8_flops is None else "fp8"
+        base = replace(Layout() if chosen else PUBLISHED, precision=precision)
+    return replace(base, **{name: value for name, value in given.items() if value is not None}), chosen
+
+
+def fits(run: RunConfig, cluster: Cluster, layout: Layout, calibration: Calibration, limit: float) -> bool:
+    """Return whether a layout divides the devices and stays within the memory."""
+    from abyssal.errors import UsageError
+    from abyssal.plan.rank_memory import memory_fault
+    from abyssal.plan.training_plan import plan_step
+
+    try:
+        step = plan_step(run, cluster, layout, calibration)
+    except UsageError:
+        return False
+    return memory_fault(layout, step.memory, limit) is None
+
+
+def best_of(found: Any) -> Layout:
+    """Return the fastest layout of a search.
+
+    Raises:
+        UsageError: there is none; says why of the closest, and what else fails.
+    """
+    from abyssal.errors import UsageError
+
+    if found.ranked:
+        layout: Layout = found.ranked[0].layout
+        return layout
+    most = sorted(found.refused, key=lambda refused: -refused.count)[:2]
+    reasons = "; ".join(f"{r.count} of those tried, such as {r.layout}: {r.reason}" for r in most)
+    raise UsageError(
+        f"no layout fits: {reasons or 'none divides these devices'}; try other devices, --batch or --memory"
+    )
+
+
+def refuse_excess(step: StepPlan, calibration: Calibration, limit: float) -> None:
+    """Raise UsageError where a device needs more memory than it has, with the nearest layout that fits."""
+    from abyssal.errors import UsageError
+    from abyssal.plan.facts import options
+    from abyssal.plan.rank_memory import memory_fault
+    from abyssal.plan.search import nearest_fitting
+
+    fault = memory_fault(step.layout, step.memory, limit)
+    if fault is None:
+        return
+    near = nearest_fitting(step.run, step.cluster, step.layout, calibration, limit)
+    hint = f"nearest layout that fits: {' '.join(options(near))}" if near else "no layout fits; take more devices"
+    raise UsageError(f"{step.layout} on {step.cluster.name}:{step.cluster.devices}: {fault}; {hint}")
+
+
+def write_files(step: StepPlan, facts: dict[str, Any], html: Path | None, trace: Path | None) -> None:
+    """Write the page and the trace that were asked for."""
+    from abyssal.cli.output_file import write_output
+
+    if trace:
+        from abyssal.plan.schedules import trace as trace_events
+
+        write_output("--trace", trace, ".json", json.dumps(trace_events(step.timeline)))
+    if html:
+        from abyssal.plan.facts import drawn_step
+        from abyssal.plan.schedules import boxes
+        from abyssal.report.plan_page import render_plan
+        from abyssal.report.timeline import draw_timeline
+
+        drawn = drawn_step(step)
+        picture = draw_timeline(
+            boxes(drawn), description=f"One step of {facts['name']} on {facts['layout']['text']}", unit="s"
+        )
+        write_output("--html", html, ".html", render_plan(facts, picture, drawn.schedule.micro_batches))

@@ -1,0 +1,133 @@
+"""What inference puts into the seams of a built model: attention over the cache, packed weights, a plain dispatcher.
+
+Legend: T packed tokens, D hidden, K experts a token, M = T * K rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.model import AbsorbedCore, Transformer
+from abyssal.model.feed_forward import DenseFFN, LocalDispatcher, StackedExperts, State
+from abyssal.model.layers import Linear
+from abyssal.ops.packed import pack, packed_expert_ffn, packed_linear, why_not_packed
+from abyssal.ops.swiglu import swiglu
+
+#: Read as they are: by the absorbed attention core, and by whoever needs logits or a loss.
+UNPACKED = ("kv_b_proj", "lm_head")
+
+
+def prepare_for_inference(model: Transformer) -> None:
+    """Do everything, in this order, that makes a model generate fast; in place, for good.
+
+    Memory holds a packed weight and the stored one of a single module at most. `state_dict` no longer lists what was
+    packed.
+    """
+    use_latent_cache(model)
+    dispatch_plainly(model)
+    pack_weights(model)
+
+
+def use_latent_cache(model: Transformer) -> None:
+    """Let the layers of `model` attend over the latent cache of their context; changes the model in place.
+
+    The main layers share one cache; each MTP module is the only layer of a cache of its own.
+    """
+    main_layers = model.config.num_hidden_layers
+    for number, layer in enumerate(model.model.layers):
+        place = number if number < main_layers else 0
+        layer.self_attn.core = AbsorbedCore(model.config, place, model.kernels.latent_attention)  # type: ignore[union-attr]
+
+
+def dispatch_plainly(model: Transformer) -> None:
+    """Bring rows to experts without the autograd functions that training needs, in place."""
+    for module in model.modules():
+        dispatcher = getattr(module, "dispatcher", None)
+        if type(dispatcher) is LocalDispatcher:
+            module.dispatcher = PlainDispatcher(dispatcher.num_experts, dispatcher.top_k)  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def pack_weights(model: Transformer) -> str | None:
+    """Pack the linear layers and experts of `model` in place, where its device and dtype allow it.
+
+    Returns:
+        Why nothing was packed, or None.
+    """
+    dtype = model.compute_dtype
+    reason = why_not_packed(model.head_weight.device, dtype)
+    if reason is not None:
+        return reason
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is DenseFFN:
+                setattr(module, name, PackedFFN(child, dtype))
+            elif type(child) is StackedExperts:
+                setattr(module, name, PackedExperts(child, dtype))
+            elif type(child) is Linear and name not in UNPACKED:
+                setattr(module, name, PackedLinear(child.weight.to(dtype)))
+    return None
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T over a packed weight, in its dtype."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """Pack W [out, in]."""
+        super().__init__()
+        self.packed = pack(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [T, in] to [T, out]."""
+        return packed_linear(x, self.packed)
+
+
+class PackedFFN(DenseFFN):
+    """A SwiGLU network with gate and up in one product."""
+
+    def __init__(self, ffn: DenseFFN, dtype: torch.dtype) -> None:
+        """Pack the three weights."""
+        nn.Module.__init__(self)
+        self.gate_up_proj = PackedLinear(torch.cat((ffn.gate_proj.weight, ffn.up_proj.weight)).to(dtype))
+        self.down_proj = PackedLinear(ffn.down_proj.weight.to(dtype))  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [T, D] to [T, D]."""
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
+
+
+class PackedExperts(nn.Module):
+    """All experts of a layer, each packed apart."""
+
+    def __init__(self, experts: StackedExperts, dtype: torch.dtype) -> None:
+        """Pack the slices of both stacks."""
+        super().__init__()
+        self.gate_up = [pack(expert.to(dtype)) for expert in experts.gate_up_proj]
+        self.down = [pack(expert.to(dtype)) for expert in experts.down_proj]
+
+    def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """Map rows [M, D], sorted by expert, to their weighted outputs [M, D]."""
+        return packed_expert_ffn(rows, weights, counts, self.gate_up, self.down)
+
+
+class PlainDispatcher(LocalDispatcher):
+    """Brings rows to experts that all live here; values only, no gradients."""
+
+    def dispatch(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> State:
+        """Sort (token, choice) pairs by expert: `rows` [M, D], `row_weights` [M], `counts` [E] and the way back."""
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        places = torch.arange(len(order), device=order.device)
+        return {
+            "rows": hidden.index_select(0, order // self.top_k),  # [M, D]
+            "row_weights": weights.flatten().index_select(0, order),  # [M]
+            "counts": torch.bincount(flat, minlength=self.num_experts),
+            "inverse": torch.empty_like(order).scatter_(0, order, places),
+        }
+
+    def combine(self, state: State) -> Tensor:
+        """Sum each token's rows, in fp32 inside: [M, D] -> [T, D]."""
+        rows = state["rows"].index_select(0, state["inverse"])  # [M, D], the K of a token together
+        return rows.view(-1, self.top_k, rows.shape[-1]).sum(1)

@@ -1,0 +1,29 @@
+"""ZB1P: 1F1B whose backward passes are split, so that weight gradients fill the bubble at the end."""
+
+from __future__ import annotations
+
+from abyssal.plan.schedules.sizes import check_sizes
+from abyssal.plan.schedules.table import Action, Cell, Kind, Schedule
+
+
+def zb1p(ranks: int, micro_batches: int) -> Schedule:
+    """Return ZB1P: as 1F1B, but rank r puts each weight gradient off until r more input gradients are done.
+
+    Input gradients so reach the ranks before sooner, and no rank holds more than `ranks` activations. Any number of
+    micro-batches will do. Paper: Qi et al. (2401.10241), §2.2, there ZB-H1.
+    """
+    check_sizes(ranks, micro_batches)
+    tables = []
+    for rank in range(ranks):
+        ahead = min(ranks - 1 - rank, micro_batches)
+        cells: list[Cell] = [Action(Kind.FORWARD, rank, micro_batch) for micro_batch in range(ahead)]
+        for micro_batch in range(micro_batches):
+            if micro_batch + ahead < micro_batches:
+                cells.append(Action(Kind.FORWARD, rank, micro_batch + ahead))
+            cells.append(Action(Kind.BACKWARD_INPUT, rank, micro_batch))
+            if micro_batch >= rank:
+                cells.append(Action(Kind.BACKWARD_WEIGHT, rank, micro_batch - rank))
+        left = range(max(0, micro_batches - rank), micro_batches)
+        cells += [Action(Kind.BACKWARD_WEIGHT, rank, micro_batch) for micro_batch in left]
+        tables.append(tuple(cells))
+    return Schedule("zb1p", micro_batches, (tuple(range(ranks)),), tuple(tables))

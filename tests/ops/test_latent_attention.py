@@ -1,0 +1,98 @@
+"""Attention over cached latents: the definition against sums by hand, the fast version against the definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from abyssal.ops import latent_attention as module
+from abyssal.ops.latent_attention import LatentAttention, PaddedLatents, batched_latent_attention, latent_attention
+
+HEADS, LATENT, ROPE, SCALE = 3, 5, 2, 0.37
+KERNELS = [latent_attention, batched_latent_attention]
+#: (new, cached) tokens of each sequence: one that decodes, several, one with drafts or a prompt, and mixtures.
+CASES = [
+    ((1, 1),),
+    ((1, 9),),
+    ((1, 9), (1, 2), (1, 1)),
+    ((4, 4),),
+    ((3, 8),),
+    ((3, 8), (1, 6), (2, 2)),
+    ((1, 7), (2, 3)),
+]
+
+
+def draw(case: tuple[tuple[int, int], ...], seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """Return queries [T, H, C] and [T, H, R], and the cached rows [S, C+R] of each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+    total = sum(new for new, _ in case)
+    rows = [normal(cached, LATENT + ROPE) for _, cached in case]
+    return normal(total, HEADS, LATENT), normal(total, HEADS, ROPE), *rows
+
+
+def padded(rows: list[Tensor], rest: float) -> PaddedLatents:
+    """Return the rows side by side, `rest` behind the end of each."""
+    whole = torch.full((len(rows), 3 + max(map(len, rows)), LATENT + ROPE), rest, dtype=rows[0].dtype)
+    for place, part in zip(whole, rows, strict=True):
+        place[: len(part)] = part
+    return PaddedLatents(whole, tuple(map(len, rows)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("side_by_side", [False, True], ids=["list", "padded"])
+def test_latent_attention_equals_sums_by_hand(
+    side_by_side: bool, case: tuple[tuple[int, int], ...], kernel: LatentAttention
+) -> None:
+    q_latent, q_rope, *rows = draw(case, seed=len(case))
+    cached = padded(rows, 1e9) if side_by_side else rows
+    lengths = [new for new, _ in case]
+    out = kernel(q_latent, q_rope, cached, lengths, SCALE)
+    assert out.shape == q_latent.shape
+    tokens = [(part, part.shape[0] - new + t + 1) for part, new in zip(rows, lengths, strict=True) for t in range(new)]
+    for t, (part, seen) in enumerate(tokens):  # the newest token sees everything, the one before all but it
+        for i in range(HEADS):
+            query = torch.cat((q_latent[t, i], q_rope[t, i]))
+            scores = [SCALE * float(query @ part[j]) for j in range(seen)]
+            shares = [math.exp(s - max(scores)) for s in scores]
+            expected = sum(share / sum(shares) * part[j, :LATENT] for j, share in enumerate(shares))
+            torch.testing.assert_close(out[t, i], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scores", [1, 50, 200])
+def test_a_prompt_in_blocks_equals_the_definition(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SCORES", scores)
+    q_latent, q_rope, *rows = draw(((7, 11), (5, 5)), seed=2)
+    found, expected = (kernel(q_latent, q_rope, rows, [7, 5], SCALE) for kernel in reversed(KERNELS))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+def test_lower_precision_is_within_tolerance(
+    dtype: torch.dtype, tolerance: float, case: tuple[tuple[int, int], ...], kernel: LatentAttention
+) -> None:
+    """In bf16 a score is a bf16 product: of size 4 it is off by up to 2^-7, and its weight by as much."""
+    q_latent, q_rope, *rows = draw(case, seed=4, dtype=dtype)
+    lengths = [new for new, _ in case]
+    exact = latent_attention(q_latent.double(), q_rope.double(), [part.double() for part in rows], lengths, SCALE)
+    out = kernel(q_latent, q_rope, rows, lengths, SCALE)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())
+
+
+def test_padded_latents_are_a_sequence_of_views() -> None:
+    rows = [torch.randn(n, LATENT + ROPE) for n in (4, 1, 6)]
+    both = padded(rows, 0.0)
+    assert len(both) == 3
+    for found, expected in zip(both, rows, strict=True):
+        assert torch.equal(found, expected)
+        assert found.untyped_storage().data_ptr() == both.rows.untyped_storage().data_ptr()
