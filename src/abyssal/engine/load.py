@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from abyssal.checkpoint.direct_read import can_read_into, read_into
+from abyssal.checkpoint.fit import Fit
+from abyssal.checkpoint.layout import split_experts
 from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
 from abyssal.config import ModelConfig
 from abyssal.engine.generation_config import GenerationDefaults, read_generation_defaults
@@ -90,7 +93,7 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threa
         )
     defaults = read_generation_defaults(path, config)
     model = _materialise(config, _stored_dtype(reader) if dtype == "auto" else DTYPES[dtype], place)
-    load_into(model, reader)
+    _fill(model, reader)
     prepare_for_inference(model)
     return LoadedModel(model, tokenizer, config, defaults)
 
@@ -119,6 +122,21 @@ def _with_modules_in_files(config: ModelConfig, reader: ModelReader) -> ModelCon
     while f"model.layers.{config.num_hidden_layers + held}.enorm.weight" in reader:
         held += 1
     return config.model_copy(update={"num_nextn_predict_layers": held})
+
+
+def _fill(model: Transformer, reader: ModelReader) -> None:
+    """Read the weights: straight into their places where every type is the same, else by way of mapped files.
+
+    Raises:
+        ModelDirectoryError: values that are not finite, or files that cannot be read.
+    """
+    held = {name: tensor for name, tensor in model.state_dict().items() if name in reader}
+    places = {part: view for name, tensor in held.items() for part, view in split_experts(name, tensor)}
+    if not all(can_read_into(reader.headers[name], place) for name, place in places.items()):
+        load_into(model, reader)
+    elif not_finite := read_into(places, reader.headers, torch.get_num_threads()):
+        report = Fit(not_finite=not_finite).report()
+        raise ModelDirectoryError(f"{reader.path}: the weights do not fit the model; {report}")
 
 
 def _materialise(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
