@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,9 +41,6 @@ Drafts = Annotated[
 DrainSeconds = Annotated[float, typer.Option(min=0, help="Time that requests under way get after SIGTERM.")]
 AccessLog = Annotated[bool, typer.Option("--access-log/--no-access-log", help="A JSON line for each request.")]
 
-#: Compiled products that the CPU's matrix library keeps; its own default of 1,024 takes hundreds of megabytes.
-KEPT_KERNELS = 128
-
 
 def serve(
     model: Model,
@@ -82,8 +78,6 @@ def serve(
         raise UsageError(f"serve: needs the package {error.name}; pip install 'abyssal[serve]'") from None
 
     refuse_run_folder(model)
-    # read at the first product: a server meets every number of rows, and would keep a kernel for each
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_KERNELS))
     options = ServerOptions(
         model_name=name or str(model),
         api_keys=tuple(api_key or ()),
