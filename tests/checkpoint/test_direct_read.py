@@ -49,7 +49,9 @@ def test_values_that_are_not_finite_are_found_wherever_they_stand(
 
 
 @pytest.mark.parametrize(
-    "place", [torch.empty(3, dtype=torch.bfloat16), torch.empty(6)[::2], torch.empty(3, device="meta")], ids=str
+    "place",
+    [torch.empty(3, dtype=torch.bfloat16), torch.empty(6)[::2], torch.empty(3, device="meta")],
+    ids=("type", "layout", "device"),
 )
 def test_another_type_layout_or_device_is_not_read_directly(tmp_path: Path, place: torch.Tensor) -> None:
     save_file({"t": torch.ones(3)}, tmp_path / "model.safetensors")
