@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from abyssal.cli.generation_options import Device, DType, Model, Threads
 from abyssal.errors import UsageError
 
 if TYPE_CHECKING:
     from abyssal.text.chat import ChatTemplate
 
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL_DIR", help="A folder with config.json, safetensors and tokenizer.json.")
-]
 Host = Annotated[str, typer.Option(help="Address to listen at; the default is reached from this machine only.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: a free one.")]
 ApiKey = Annotated[
@@ -27,9 +25,6 @@ ApiKey = Annotated[
 Name = Annotated[
     str | None, typer.Option(help="Name that clients ask for the model by.", show_default="MODEL_DIR as given")
 ]
-DType = Annotated[str, typer.Option(help="auto (bfloat16 where the files hold 16 bits), float32 or bfloat16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.", show_default="all")]
 MaxRunning = Annotated[int, typer.Option(min=1, help="Texts that grow at a time.")]
 MaxQueue = Annotated[int, typer.Option(min=0, help="Texts that may wait behind them; more are answered with 503.")]
 MaxPromptTokens = Annotated[int | None, typer.Option(min=1, help="Longest prompt.", show_default="the model's context")]
