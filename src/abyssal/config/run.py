@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from abyssal.config.frozen import Frozen
 from abyssal.config.model import ModelConfig
+from abyssal.config.parallel import ParallelConfig
 from abyssal.config.schedule import Schedule
 from abyssal.errors import nearest
 
@@ -198,6 +199,7 @@ class RunConfig(Frozen):
     evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
     ema: EmaConfig = EmaConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,0 +1,81 @@
+"""Run a function on several gloo ranks of this machine; processes are forked from one that imported torch already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "abyssal.cli.main"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+    """Return what `function(*arguments)` returns on each rank of a gloo group of `world_size` ranks, in their order.
+
+    `function` is a module's own; torchrun's variables are set (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT), and no process group exists yet when it is called.
+
+    Raises:
+        AssertionError: a rank raised or died; holds its traceback.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes, pipes = [], []
+    for rank in range(world_size):
+        here, there = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_run, args=(there, rank, world_size, port, function, arguments), daemon=True)
+        process.start()
+        there.close()
+        processes.append(process)
+        pipes.append(here)
+    results, faults = [], []
+    try:
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(timeout_s):
+                faults.append(f"rank {rank}: nothing after {timeout_s:.0f} s")
+                break
+            try:
+                fine, value = pipe.recv()
+            except EOFError:
+                fine, value = False, "died"
+            if not fine:
+                faults.append(f"rank {rank}: {value}")
+                break
+            results.append(value)
+    finally:
+        for process in processes:
+            process.join(0 if faults else 30)
+            if process.is_alive():
+                process.kill()
+    assert not faults, faults[0]
+    return results
+
+
+def _run(
+    pipe: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    try:
+        pipe.send((True, function(*arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
