@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     processes, pipes = [], []
     for rank in range(world_size):
         here, there = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_run, args=(there, rank, world_size, port, function, arguments), daemon=True)
+        process = CONTEXT.Process(target=_run, args=(there, rank, world_size, port, function, arguments))
         process.start()
         there.close()
         processes.append(process)
@@ -41,7 +42,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
                 faults.append(f"rank {rank}: nothing after {timeout_s:.0f} s")
                 break
             try:
-                fine, value = pipe.recv()
+                fine, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 fine, value = False, "died"
             if not fine:
@@ -73,9 +74,9 @@ def _run(
         "OMP_NUM_THREADS": "1",
     }
     try:
-        pipe.send((True, function(*arguments)))
+        pipe.send_bytes(pickle.dumps((True, function(*arguments))))  # not `send`, which shares memory
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -9,8 +9,8 @@ from abyssal.config.run import RunConfig
 from abyssal.errors import UsageError
 
 #: Sections and fields that may change between a run and its resumption.
-FREE = ("checkpoint", "description", "evaluation", "guard", "train.log_every_steps", "train.threads")
-ROUNDING = "train.threads"  # changes the order of sums
+FREE = ("checkpoint", "description", "evaluation", "guard", "parallel", "train.log_every_steps", "train.threads")
+ROUNDING = ("parallel.", "train.threads")  # change the order of sums
 
 
 def resumed_changes(before: RunConfig, now: RunConfig, source: str) -> list[str]:
@@ -34,7 +34,7 @@ def resumed_changes(before: RunConfig, now: RunConfig, source: str) -> list[str]
         )
     return [
         f"{name}: {new.get(name)!r} from here on, was {old.get(name)!r}"
-        + ("; losses may differ in their last digits from those of the run without this change" * (name == ROUNDING))
+        + ("; losses may differ in their last digits from now on" if name.startswith(ROUNDING) else "")
         for name in changed
     ]
 

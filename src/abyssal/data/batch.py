@@ -19,9 +19,9 @@ from abyssal.errors import DataError
 class Batch:
     """Sequences of S+1 tokens: the first S are inputs, the last S targets."""
 
-    tokens: Tensor  # [B, S+1] int64
+    tokens: Tensor  # [B, S+1] int64; of a share of the batch, its rows only
     first_sequence: int  # which sequence of the run row 0 is
-    ranges: Ranges = ()  # the sequence indices of its rows in the data order
+    ranges: Ranges = ()  # the sequence indices of the whole batch in the data order
     lengths: tuple[tuple[int, ...], ...] = ()  # of each row, inputs of one document after another; (): not masked
 
 
@@ -80,13 +80,23 @@ class BatchLoader:
         self._first_window = list(accumulate(windows_by_source(shards, sequence_length).values(), initial=0))
         self._first_token = [tokens.start for tokens in _spans(shards).values()]
 
-    def batch(self, first_sequence: int, size: int) -> Batch:
-        """Return the `size` sequences of the run from `first_sequence` on, skipped ones not counted."""
-        starts = [self._start(first_sequence + row) for row in range(size)]
+    def batch(self, first_sequence: int, size: int, share: tuple[int, int] = (0, 1)) -> Batch:
+        """Return the `size` sequences of the run from `first_sequence` on, skipped ones not counted.
+
+        Args:
+            first_sequence: of the whole batch.
+            size: of the whole batch.
+            share: (i, n): only the rows of the i-th of n equal shares, one after another; n must divide `size`.
+        """
+        index, parts = share
+        if size % parts:
+            raise ValueError(f"size={size}: must be a multiple of the {parts} shares")
+        own = size // parts
+        starts = [self._start(first_sequence + index * own + row) for row in range(own)]
         rows = [self._shards.tokens[start : start + self._sequence_length + 1] for start in starts]
         return Batch(
             tokens=torch.stack([torch.from_numpy(row) for row in rows]),
-            first_sequence=first_sequence,
+            first_sequence=first_sequence + index * own,
             ranges=self._order.ranges(first_sequence, size),
             lengths=tuple(map(self._lengths, starts)) if self._mask_documents else (),
         )

@@ -53,5 +53,5 @@ class MTPBlock(Block):
         """
         joined = torch.cat((self.enorm(next_embedding), self.hnorm(h)), -1)  # [T, 2D]
         h = self.eh_proj(joined)  # [T, D]  eq. 21
-        h = self(h, ctx)  # eq. 22
+        h = self.forward(h, ctx)  # eq. 22; not by a call, so that this method is the module's one entrance
         return self.shared_head.norm(h)  # type: ignore[no-any-return]  # eq. 23, up to the shared output head

@@ -16,6 +16,8 @@ from torch import Tensor
 from abyssal.data.batch import evaluation_sequences
 from abyssal.data.shards import Shards
 from abyssal.model import Context, Transformer
+from abyssal.parallel.apply import reshard
+from abyssal.parallel.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,14 @@ class Score:
         return self.nats / self.tokens if self.tokens else math.nan
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, whose tensors must not stay in buffers of sharded weights
 def score_documents(
-    model: Transformer, shards: Shards, sequence_length: int, tokens_a_pass: int, max_bytes: int | None = None
+    model: Transformer,
+    shards: Shards,
+    sequence_length: int,
+    tokens_a_pass: int,
+    max_bytes: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Score:
     """Score each document from its own beginning, in consecutive windows of `sequence_length`.
 
@@ -48,15 +55,22 @@ def score_documents(
     Args:
         tokens_a_pass: at most this many tokens are packed into one forward pass.
         max_bytes: score documents from the first on until this many bytes are reached; none: all.
+        ranks: that score together, each a share of the packs.
     """
-    device = model.head_weight.device
+    device = next(model.buffers()).device
     nats = torch.zeros((), dtype=torch.float64)
     sequences = list(evaluation_sequences(shards, sequence_length, max_bytes))
-    for lengths, inputs, targets in _packs([sequence.tokens for sequence in sequences], tokens_a_pass):
+    packs = list(_packs([sequence.tokens for sequence in sequences], tokens_a_pass))
+    for first in range(0, len(packs), ranks.world_size):
+        own = first + ranks.rank
+        lengths, inputs, targets = packs[own if own < len(packs) else first]  # all ranks pass equally often
         h = model(inputs.to(device), Context.packed(lengths, device))
-        nats += model.kernels.cross_entropy(h, model.head_weight, targets.to(device)).cpu()
+        found = model.kernels.cross_entropy(h, model.head_weight, targets.to(device)).cpu()
+        if own < len(packs):
+            nats += found
+    reshard(model)
     return Score(
-        nats=nats.item(),
+        nats=ranks.sum(nats).item(),
         tokens=sum(len(sequence.tokens) - 1 for sequence in sequences),
         bytes=sum(sequence.num_bytes for sequence in sequences),
     )

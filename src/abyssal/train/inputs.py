@@ -28,7 +28,7 @@ class Inputs:
     validation: Shards
 
 
-def prepare_inputs(config: RunConfig, folder: Path, console: Console) -> Inputs:
+def prepare_inputs(config: RunConfig, folder: Path, console: Console) -> None:
     """Prepare the run's data in `folder`, or use what was prepared there from the same documents.
 
     Raises:
@@ -49,23 +49,28 @@ def prepare_inputs(config: RunConfig, folder: Path, console: Console) -> Inputs:
         f"{validation.documents:,} for validation; left out: {dropped.sentence()}",
         highlight=False,
     )
-    return _open(config, folder)
 
 
-def reopen_inputs(config: RunConfig, folder: Path, console: Console) -> Inputs:
-    """Open the data that the run began with, whatever has become of its documents, after comparing every checksum.
+def check_inputs(config: RunConfig, folder: Path, console: Console) -> None:
+    """Compare every checksum of the data that the run began with, whatever has become of its documents.
 
     Raises:
         DataError: a shard is missing or damaged.
     """
     if not (folder / NAME).is_file():
-        return prepare_inputs(config, folder, console)
+        prepare_inputs(config, folder, console)
+        return
     for split in Manifest.read(folder).splits:
         Shards.open(folder, split).verify()
-    return _open(config, folder)
 
 
-def _open(config: RunConfig, folder: Path) -> Inputs:
+def open_inputs(config: RunConfig, folder: Path) -> Inputs:
+    """Open what was prepared.
+
+    Raises:
+        ConfigError: the tokenizer is not the model's.
+        DataError: a file is missing, or the corpus is shorter than one sequence.
+    """
     tokenizer = Tokenizer.load(folder)
     for name, ours, theirs in (
         ("bos_token_id", config.model.bos_token_id, tokenizer.bos_id),

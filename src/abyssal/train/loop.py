@@ -13,68 +13,93 @@ from abyssal.checkpoint.state import latest_state, read_progress
 from abyssal.checkpoint.writer import StateWriter
 from abyssal.config import RunConfig
 from abyssal.config.resume import resumed_changes
+from abyssal.machine.describe import available_cores
+from abyssal.parallel.layout import RankLayout, describe
+from abyssal.parallel.mesh import Mesh
+from abyssal.parallel.ranks import ALONE, Ranks
 from abyssal.train.evaluation import Score, score_documents
 from abyssal.train.export import export_model
-from abyssal.train.inputs import Inputs, prepare_inputs, reopen_inputs
+from abyssal.train.inputs import Inputs, check_inputs, open_inputs, prepare_inputs
 from abyssal.train.reporter import Reporter
 from abyssal.train.run_folder import RunFolder
-from abyssal.train.setup import decide, open_initial_weights, peak_flops, settle
+from abyssal.train.setup import decide, fit, open_initial_weights, peak_flops, settle
 from abyssal.train.signals import StopSignals
 from abyssal.train.step import RefusedUpdateError, train_step
 from abyssal.train.training_state import TrainingState
 
 
-def start(config: RunConfig, path: Path, console: Console) -> Path:
+def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE) -> Path:
     """Begin a run in the folder `path` and train to its end; returns the model directory.
+
+    Args:
+        config: the recipe.
+        path: the run's folder, which all ranks see.
+        console: where the run is reported.
+        ranks: that train together; all of them call this.
 
     Raises:
         AbyssalError: a fault of recipe, corpus, disk or training, as one sentence.
         Stopped: a signal asked for it; what was done is saved.
     """
     folder = RunFolder(path)
-    folder.refuse_another()
+    layout = fit(config, ranks)
+    ranks.first(folder.refuse_another)
     open_initial_weights(config)  # a wrong init_from is found before anything is written
-    inputs = prepare_inputs(config, folder.data(config), console)
-    config, sentences = decide(config, _device())
+    ranks.first(lambda: prepare_inputs(config, folder.data(config), console))
+    config, sentences = ranks.first(lambda: decide(config, _device(), ranks))
     _say(console, sentences)
-    folder.begin(config)
-    return _train(config, folder, inputs, console)
+    ranks.first(lambda: folder.begin(config))
+    return _train(config, folder, console, ranks, layout)
 
 
-def resume(path: Path, console: Console, overrides: Sequence[str] = ()) -> Path:
+def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> Path:
     """Go on from the newest training state of the run in `path`, with the recipe it was started with.
 
-    The run ends as it would have undisturbed: the same losses to the bit on the same machine.
+    The run ends as it would have undisturbed: the same losses to the bit on the same machine, as many ranks and layout.
 
     Args:
         path: the run's folder.
         console: where the run is reported.
         overrides: `section.field=value`, of the fields that may change (`abyssal.config.resume`).
+        ranks: that train together, as many as before or not; all of them call this.
     """
     folder = RunFolder(path)
     before, config = folder.resolved_config(), folder.resolved_config(overrides)
-    newest = latest_state(folder.states)
+    newest = ranks.first(lambda: latest_state(folder.states))
     if newest is not None:  # the stored recipe may have been edited since
         before = RunConfig.parse(read_progress(newest).get("recipe", {}), source=str(newest))
     source = f"--set {' '.join(overrides)}" if overrides else str(folder.recipe)
     _say(console, resumed_changes(before, config, source))
+    layout = fit(config, ranks)
     if overrides:
-        folder.begin(config)
-    settle(config.train.threads)
-    return _train(config, folder, reopen_inputs(config, folder.data(config), console), console)
+        ranks.first(lambda: folder.begin(config))
+    ranks.first(lambda: check_inputs(config, folder.data(config), console))
+    return _train(config, folder, console, ranks, layout)
 
 
-def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Console) -> Path:
+def _train(config: RunConfig, folder: RunFolder, console: Console, ranks: Ranks, layout: RankLayout) -> Path:
     device, length = _device(), config.train.sequence_length
-    state = TrainingState(config, device)
-    if newest := latest_state(folder.states):
+    settle(min(config.train.threads, max(1, available_cores() // ranks.local_world_size)))
+    mesh = None
+    if ranks.world_size > 1:
+        console.print(describe(layout, config.model), highlight=False, markup=False)
+        mesh = Mesh.over(layout, device)
+    inputs = open_inputs(config, folder.data(config))
+    state = TrainingState(config, device, ranks, mesh)
+    if newest := ranks.first(lambda: latest_state(folder.states)):
         state.restore(newest)
-    folder.cut_metrics(state.progress.step)
+    ranks.first(lambda: folder.cut_metrics(state.progress.step))
     evaluate = partial(
-        score_documents, state.model, inputs.validation, length, tokens_a_pass=config.train.micro_batch_size * length
+        score_documents,
+        state.model,
+        inputs.validation,
+        length,
+        tokens_a_pass=config.train.micro_batch_size * length,
+        ranks=ranks,
     )
     export = partial(export_model, model=state.model, config=config, tokenizer=inputs.folder)
-    with Reporter(console, folder, state.progress, config, peak_flops(config, device)) as reporter:
+    peak = ranks.first(lambda: peak_flops(config, device)) * ranks.world_size
+    with Reporter(console, folder, state.progress, config, peak, speaks=ranks.is_first) as reporter:
         _steps(state, folder, inputs, reporter, evaluate=evaluate, export=export)
         reporter.score(state.progress, evaluate())
     export(folder.model, progress=state.progress, score=reporter.last_score)
@@ -83,7 +108,7 @@ def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Consol
         score = evaluate()
         reporter.average_score(state.progress, score)
         export(folder.average_model, progress=state.progress, score=score)
-    folder.write_report()
+    ranks.first(folder.write_report)
     return folder.model
 
 
@@ -98,15 +123,23 @@ def _steps(
 ) -> None:
     """Make every step that is left, and what is due after it; end early, saved, where a signal asks for it."""
     config, device, total, due = state.config, _device(), state.config.train.tokens, state.config.checkpoint
+    ranks = state.ranks
     keep_multiples_of = due.keep_every * due.every_steps
     with StopSignals() as signals:
         with StateWriter(folder.states, keep=due.keep, keep_multiples_of=keep_multiples_of) as writer:
-            while state.progress.tokens < total and not signals.requested:
+            while state.progress.tokens < total and not signals.agree(ranks.most):
                 batch, seen = state.next_batch(inputs.loader), state.progress.tokens
                 try:
                     windows = batch.tokens.to(device)
                     result = train_step(
-                        state.model, state.optimizer, windows, config, seen, lengths=batch.lengths, judge=state.judge
+                        state.model,
+                        state.optimizer,
+                        windows,
+                        config,
+                        seen,
+                        judge=state.judge,
+                        lengths=batch.lengths,
+                        ranks=ranks,
                     )
                 except RefusedUpdateError as refused:
                     state.refuse(batch)
@@ -117,7 +150,7 @@ def _steps(
                         state.roll_back(folder.states, inputs.loader, refused)
                         reporter.rolled_back(state.progress, trouble, state.guard.skipped)
                     continue
-                state.accept(len(windows), result)
+                state.accept(len(windows) * ranks.world_size, result)
                 progress, ended = state.progress, state.progress.tokens >= total
                 reporter.step(progress, result)
                 with reporter.apart():

@@ -64,8 +64,8 @@ def micro_batch_loss(
         balance_weight=weights.balance / weights.sequences,
     )
     assert ctx.statistics is not None
-    cross_entropy, head = model.kernels.cross_entropy, model.head_weight
     h = model(tokens, ctx)
+    cross_entropy, head = model.kernels.cross_entropy, model.head_weight  # whole while the model is in use
     main = cross_entropy(h, head, targets)
     mtp = []
     for k, (h_k, kept) in enumerate(model.predict_further(h, tokens, ctx), start=1):

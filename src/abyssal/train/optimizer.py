@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from abyssal.checkpoint.state import adamw_tensors
 from abyssal.config.run import OptimizerConfig
+from abyssal.parallel.apply import copies, local
+from abyssal.parallel.ranks import ALONE, Ranks
 from abyssal.train.muon import Muon, muon_tensors
 
 #: Matrices that Muon leaves to AdamW: rows of tables, and the gate, whose rows are centroids.
@@ -91,10 +93,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizers:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients in place so that their joint norm is at most `max_norm`.
+def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks = ALONE) -> Tensor:
+    """Scale all gradients in place so that their joint norm, over the shards of all ranks, is at most `max_norm`.
 
     Returns:
-        The norm before clipping, [], fp32; not finite if any gradient is not.
+        The norm before clipping, []; not finite if any gradient is not.
     """
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
+    if ranks.world_size == 1:
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    parts = [local(gradient) for gradient in gradients]
+    norms = torch._foreach_norm(parts, dtype=torch.float64)
+    squares = [norm.square() / copies(gradient) for norm, gradient in zip(norms, gradients, strict=True)]
+    norm = ranks.sum(torch.stack(squares).sum().cpu()).sqrt()
+    torch._foreach_mul_(parts, min(max_norm / (norm.item() + 1e-6), 1.0))
+    return norm

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -30,10 +30,21 @@ class Reporter:
     """Prints a line every `every` steps under a progress bar, and writes every step to the metrics."""
 
     def __init__(
-        self, console: Console, folder: RunFolder, begin: Progress, config: RunConfig, peak_flops: float
+        self,
+        console: Console,
+        folder: RunFolder,
+        begin: Progress,
+        config: RunConfig,
+        peak_flops: float,
+        *,
+        speaks: bool = True,
     ) -> None:
-        """Report on a run that goes on from `begin`; MFU is stated against `peak_flops`, FLOP/s."""
+        """Report on a run that goes on from `begin`; MFU is stated against `peak_flops`, FLOP/s.
+
+        One of several ranks `speaks`; the others keep the last score only.
+        """
         self.console, self.folder, self.peak_flops = console, folder, peak_flops
+        self.speaks = speaks
         self.every, self.total_tokens = config.train.log_every_steps, config.train.tokens
         self.flops_per_token = training_flops(config.model, config.train.sequence_length).total
         self.last_score: Score | None = None
@@ -77,14 +88,14 @@ class Reporter:
         if due:
             record |= {"tokens_per_s": round(self._rate, 1), "mfu": round(self._mfu, 4)}
             self._print_line(progress, result)
-        self.folder.append_metrics(record)
+        self._record(record)
 
     def score(self, progress: Progress, score: Score) -> None:
         """Record a validation; one without documents is none."""
         if not score.bytes:
             return
         self.last_score = score
-        self.folder.append_metrics(
+        self._record(
             {**progress.to_json(), "validation_bits_per_byte": score.bits_per_byte, "validation_loss": score.loss}
         )
 
@@ -92,7 +103,7 @@ class Reporter:
         """Record the validation of the averaged weights."""
         if not score.bytes:
             return
-        self.folder.append_metrics({**progress.to_json(), "validation_ema_bits_per_byte": score.bits_per_byte})
+        self._record({**progress.to_json(), "validation_ema_bits_per_byte": score.bits_per_byte})
         self._say(f"validation of the averaged weights: {score.bits_per_byte:.4f} bits per byte", style=None)
 
     def refused(self, progress: Progress, ranges: Ranges, refused: RefusedUpdateError) -> None:
@@ -103,17 +114,22 @@ class Reporter:
             **{f"refused_{name}": value if math.isfinite(value) else None for name, value in seen.items()},
             "refused_sequences": ranges,
         }
-        self.folder.append_metrics({**progress.to_json(), "step": progress.step + 1, **record})
+        self._record({**progress.to_json(), "step": progress.step + 1, **record})
         self._say(f"step {progress.step + 1}: {refused}; skipped: sequences {_shown(ranges)}")
 
     def rolled_back(self, progress: Progress, from_step: int, skipped: Ranges) -> None:
         """Cut off the metrics of the steps after `progress`, which are made anew, and record the rollback."""
-        self.folder.cut_metrics(progress.step)
+        if self.speaks:
+            self.folder.cut_metrics(progress.step)
         record = {"rolled_back_from": from_step, "skipped": skipped}
-        self.folder.append_metrics({**progress.to_json(), "step": progress.step + 1, **record})
+        self._record({**progress.to_json(), "step": progress.step + 1, **record})
         self._say(f"back from step {from_step} to step {progress.step}; skipped: sequences {_shown(skipped)}")
         self._bar.update(self._task, completed=progress.tokens)
         self._since, self._tokens_since, self._apart = time.perf_counter(), progress.tokens, 0.0
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.speaks:
+            self.folder.append_metrics(record)
 
     def _say(self, sentence: str, style: str | None = "yellow") -> None:
         self.console.print(sentence, style=style, highlight=False, markup=False)

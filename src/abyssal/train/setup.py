@@ -9,12 +9,16 @@ import torch
 
 from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
 from abyssal.config import ModelConfig, RunConfig
-from abyssal.errors import ConfigError
+from abyssal.errors import ConfigError, UsageError
 from abyssal.machine.describe import available_cores
 from abyssal.machine.memory import keep_freed_memory
 from abyssal.machine.probe import choose_compute_dtype, measure
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
+from abyssal.parallel.apply import parallelise
+from abyssal.parallel.layout import RankLayout, lay_out
+from abyssal.parallel.mesh import Mesh
+from abyssal.parallel.ranks import ALONE, Ranks
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.step import train_step
 
@@ -22,15 +26,17 @@ WARM_UP_STEPS = 3  # the first steps allocate memory, and the matrix library bui
 TIMED_STEPS = 3
 
 
-def build_model(config: RunConfig, device: torch.device) -> Transformer:
+def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Transformer:
     """Build the model of a run, with fp32 (or fp64) master weights on `device`.
 
-    Everything that changes how the model runs is applied here, in this order.
+    Everything that changes how the model runs is applied here, in this order. With a mesh, a rank holds its part.
     """
     dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
     with torch.device("meta"):
         model = Transformer(config.model, choose_kernels(device, dtype), compute_dtype=dtype)
     model.to(torch.promote_types(dtype, torch.float32))
+    if mesh is not None:
+        parallelise(model, config.parallel, mesh)
     model.to_empty(device=device)
     initial_weights(model, config)
     return model
@@ -64,19 +70,50 @@ def open_initial_weights(config: RunConfig) -> ModelReader | None:
     return reader
 
 
+def fit(config: RunConfig, ranks: Ranks) -> RankLayout:
+    """Lay the run over its ranks.
+
+    Raises:
+        UsageError: it does not fit; names what would.
+    """
+    layout = lay_out(config.parallel, config.model, ranks.world_size, ranks.local_world_size)
+    if layout.pp_size > 1:
+        raise UsageError(
+            f"parallel.pp_size={layout.pp_size}: pipelines are planned (`abyssal plan`) and dry-run "
+            "(`abyssal train --dry-run`), not executed yet; allowed here: 1"
+        )
+    if ranks.world_size > 1 and config.train.time_budget_s is not None:
+        raise UsageError(
+            f"train.time_budget_s={config.train.time_budget_s:g}: measures one process, but this run has "
+            f"{ranks.world_size} ranks; give train.tokens, and remove the budget (unset)"
+        )
+    sizes, multiple = config.schedule.batch_size, config.train.batch_multiple
+    constant = all(segment.to in (None, sizes.start) for segment in sizes.segments)
+    divided = config.batch_size_at(0) if constant else multiple
+    if divided % layout.dp_size:
+        name = "schedule.batch_size: a step's sequences, " if constant else "train.batch_multiple="
+        above = -(-divided // layout.dp_size) * layout.dp_size
+        fewer = max(n for n in range(1, layout.dp_size) if divided % n == 0)
+        raise UsageError(
+            f"{name}{divided}: must be a multiple of the {layout.dp_size} ranks that share them; nearest: {above}, or "
+            f"{fewer} ranks"
+        )
+    return layout
+
+
 def settle(threads: int) -> None:
     """Set what holds for the whole process: threads, and an allocator that keeps the step's memory."""
     torch.set_num_threads(threads)
     keep_freed_memory()
 
 
-def decide(config: RunConfig, device: torch.device) -> tuple[RunConfig, list[str]]:
+def decide(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> tuple[RunConfig, list[str]]:
     """Fill in what the recipe leaves to the machine: compute dtype, threads, and tokens where a time is given.
 
     Returns:
         The resolved config, which gives the same run wherever it is used again, and a sentence for each decision.
     """
-    threads = config.train.threads or available_cores()
+    threads = config.train.threads or max(1, available_cores() // ranks.local_world_size)
     settle(threads)
     updates: dict[str, object] = {"threads": threads}
     sentences = [f"threads: {threads}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -37,6 +38,11 @@ class StopSignals:
         """Give them back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def agree(self, most: Callable[[int], int]) -> int | None:
+        """Return the signal that any rank was sent, once all of them ask; `most` is the largest of their values."""
+        self.requested = most(self.requested or 0) or None
+        return self.requested
 
     def stop(self) -> None:
         """End the run if a signal asked for it.

@@ -12,6 +12,8 @@ from abyssal.checkpoint.state import leaves, load_state, states
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
 from abyssal.errors import CheckpointError, TrainingError
+from abyssal.parallel.mesh import Mesh
+from abyssal.parallel.ranks import ALONE, Ranks
 from abyssal.train.average import WeightAverage
 from abyssal.train.guard import Guard
 from abyssal.train.optimizer import build_optimizer
@@ -23,10 +25,12 @@ from abyssal.train.step import RefusedUpdateError, StepResult
 class TrainingState:
     """The live state of a run; `tensors` and `record()` are what a training state on disk holds of it."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        """Build the state of a run that begins."""
-        self.config = config
-        self.model = build_model(config, device)
+    def __init__(
+        self, config: RunConfig, device: torch.device, ranks: Ranks = ALONE, mesh: Mesh | None = None
+    ) -> None:
+        """Build the state of a run that begins, or this rank's part of it."""
+        self.config, self.ranks = config, ranks
+        self.model = build_model(config, device, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.weights = self.model.state_dict()  # the live tensors
         self.average = WeightAverage(self.weights, config.ema.decay) if config.ema.decay else None
@@ -59,9 +63,10 @@ class TrainingState:
         self.progress, self.guard = Progress(), Guard()
 
     def next_batch(self, loader: BatchLoader) -> Batch:
-        """Return the batch that comes next, without the skipped sequences."""
+        """Return this rank's share of the batch that comes next, without the skipped sequences."""
         size = self.config.batch_size_at(self.progress.tokens)
-        return loader.skipping(self.guard.skipped).batch(self.progress.sequences, size)
+        share = (self.ranks.rank, self.ranks.world_size)
+        return loader.skipping(self.guard.skipped).batch(self.progress.sequences, size, share)
 
     def judge(self, loss: float, gradient_norm: float) -> str | None:
         """Return why an update with these is to be refused, none where it is not."""
@@ -92,7 +97,8 @@ class TrainingState:
         Raises:
             TrainingError: the run went back too often already.
         """
-        trouble, found, limits = self.guard, states(root), self.config.guard
+        trouble, limits = self.guard, self.config.guard
+        found = self.ranks.first(lambda: states(root))
         if len(trouble.rollbacks) >= limits.max_rollbacks:
             raise TrainingError(
                 f"step {self.progress.step + 1}: {last}; {len(trouble.refusals)} batches in {limits.rollback_steps} "
@@ -101,14 +107,17 @@ class TrainingState:
             )
         before = [path for path in found if _step_of(path) < trouble.refusals[0].step]
         target = before[-1] if before else found[0] if found else None
-        for path in reversed(found):
-            if path == target:
-                break
-            with os_faults(CheckpointError, path, "remove this later training state"):
-                remove_directory(path)
+        later = [path for path in reversed(found) if target is None or _step_of(path) > _step_of(target)]
+        self.ranks.first(lambda: _remove(later))
         self.restore(target)
         next_sequence = self.next_batch(loader).ranges[0][0]
         self.guard = trouble.rolled_back(self.guard, self.progress.step, next_sequence)
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        with os_faults(CheckpointError, path, "remove this later training state"):
+            remove_directory(path)
 
 
 def _step_of(path: Path) -> int:
