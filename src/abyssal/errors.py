@@ -43,6 +43,10 @@ class TrainingError(AbyssalError):
     """The run cannot go on: the loss or a gradient is not finite, or far above those of the steps before."""
 
 
+class RankError(AbyssalError):
+    """A rank of the run did not come, died or hangs; what its launcher starts again goes on."""
+
+
 class Stopped(BaseException):
     """A signal ended the run after a step that was saved; like KeyboardInterrupt, it is no fault and no `Exception`."""
 

@@ -91,4 +91,18 @@ def _fail(sentence: str, code: int) -> int:
 
 def run() -> None:
     """Run the command line of this process; the entry point of the installed program."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    _leave_broken_group(code)
+    sys.exit(code)
+
+
+def _leave_broken_group(code: int) -> None:
+    """End at once where a rank failed: the interpreter's own end waits for what other ranks never send."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,232 @@
+"""How a process becomes a rank of a run, and how it leaves: by torchrun's environment, or alone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from abyssal.errors import AbyssalError, RankError, UsageError
+
+if TYPE_CHECKING:  # a process that is alone has faults to tell for which it needs no torch
+    import torch
+    from torch._C._distributed_c10d import Store
+
+#: How long the ranks of a launch may be apart when they come, seconds: imports from a loaded file server take minutes.
+MEET_S = 600.0
+#: How long one collective may take, seconds: the last resort, where nothing else has ended a run that hangs.
+COLLECTIVE_S = 600.0
+_OFFER_S = 1.0  # between two looks at whether another rank 0 has come meanwhile
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher's environment says."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    host: str
+    port: int
+    attempt: int = 0  # times that the launcher has started its processes again
+    run_id: str = ""
+    agent_store: bool = False  # the launcher holds the store, and it outlives the ranks
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch | None:
+    """Return what torchrun, or a scheduler in its manner, says about this process; none if it was started alone.
+
+    Raises:
+        UsageError: a part of it is missing or no number.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    numbers = {}
+    for name, default in (
+        ("RANK", None),
+        ("WORLD_SIZE", None),
+        ("LOCAL_RANK", "0"),
+        ("LOCAL_WORLD_SIZE", "1"),
+        ("MASTER_PORT", "0" if environment["WORLD_SIZE"] == "1" else None),
+        ("TORCHELASTIC_RESTART_COUNT", "0"),
+    ):
+        value = environment.get(name, default)
+        if value is None or not value.isdecimal():
+            raise UsageError(
+                f"{name}={value or ''}: must be a number, since RANK is set; start with torchrun, or unset RANK"
+            )
+        numbers[name] = int(value)
+    if not numbers["RANK"] < numbers["WORLD_SIZE"]:
+        raise UsageError(f"RANK={numbers['RANK']}: must be below WORLD_SIZE={numbers['WORLD_SIZE']}")
+    return Launch(
+        rank=numbers["RANK"],
+        world_size=numbers["WORLD_SIZE"],
+        local_rank=numbers["LOCAL_RANK"],
+        local_world_size=numbers["LOCAL_WORLD_SIZE"],
+        host=environment.get("MASTER_ADDR", "127.0.0.1"),
+        port=numbers["MASTER_PORT"],
+        attempt=numbers["TORCHELASTIC_RESTART_COUNT"],
+        run_id=environment.get("TORCHELASTIC_RUN_ID", ""),
+        agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """This process among those of its run; with a `world_size` of 1 it is alone, and there is no process group."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    attempt: int = 0
+    run_id: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that this rank computes on."""
+        import torch
+
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def threads(self, cores: int) -> int:
+        """Return this rank's share of the cores of its machine."""
+        return max(1, cores // self.local_world_size)
+
+
+@contextmanager
+def joined(timeout_s: float = COLLECTIVE_S) -> Iterator[GroupInfo]:
+    """Be a rank of the run that the environment speaks of, with torch's default process group made; else be alone.
+
+    On CUDA collectives go over NCCL, those of tensors in main memory over gloo; without CUDA all over gloo. The group
+    is destroyed at the end. After an error it is not, since that waits for other ranks: the process must end instead
+    (`abyssal.cli.main.run`). Of one fault that many ranks meet, one rank raises the sentence, the others SystemExit.
+
+    Args:
+        timeout_s: of one collective.
+
+    Raises:
+        UsageError: the environment is incomplete, or has more ranks than devices.
+        RankError: other ranks did not come.
+    """
+    launch = read_launch(os.environ)
+    if launch is None or launch.world_size == 1:
+        yield GroupInfo(attempt=launch.attempt, run_id=launch.run_id) if launch else GroupInfo()
+        return
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+
+    info = GroupInfo(
+        launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.attempt, launch.run_id
+    )
+    store = open_store(launch)
+    name = meet(store, launch.rank, launch.world_size)
+    own = PrefixStore(name, store)
+    try:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            _take_device(info, torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", own),
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        yield info
+    except AbyssalError as error:
+        if own.add("faults", 1) > 1:
+            raise SystemExit(error.exit_code) from None
+        raise
+    dist.destroy_process_group()
+
+
+def _take_device(info: GroupInfo, devices: int) -> None:
+    import torch
+
+    if info.local_rank >= devices:
+        raise UsageError(
+            f"{info.local_world_size} ranks on this machine, but it has {devices} GPU(s); start as many ranks: "
+            f"--nproc-per-node {devices}, or hide the GPUs: CUDA_VISIBLE_DEVICES="
+        )
+    torch.cuda.set_device(info.local_rank)
+
+
+def open_store(launch: Launch) -> Store:
+    """Connect to the store through which the ranks of a launch find each other.
+
+    Raises:
+        RankError: nobody serves it.
+    """
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
+
+    serves = launch.rank == 0 and not launch.agent_store
+    try:
+        return TCPStore(
+            launch.host,
+            launch.port,
+            is_master=serves,
+            timeout=timedelta(seconds=MEET_S),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        server = "the launcher" if launch.agent_store else "rank 0"
+        raise RankError(
+            f"rank {launch.rank}: cannot reach the store of {server} at {launch.host}:{launch.port}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+def meet(store: Store, rank: int, world_size: int, timeout_s: float = MEET_S) -> str:
+    """Return a name for this attempt, the same on all ranks, that no earlier attempt had.
+
+    A store that outlives the ranks still holds the addresses of those that were killed, so each attempt needs keys of
+    its own. The launcher's counts of restarts do not give them: several launchers count differently, and a change of
+    their number is not counted. Rank 0 draws a name and, once every rank has answered to it, confirms with what they
+    answered. A rank that meets the name of an earlier attempt finds no confirmation that holds its own answer there,
+    and looks again.
+
+    Raises:
+        RankError: not all came in time.
+    """
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + timeout_s
+    if rank == 0:
+        name = secrets.token_hex(8)
+        store.set("name", name)
+        others = [f"{name}/{number}" for number in range(1, world_size)]
+        try:
+            store.wait(others, timedelta(seconds=timeout_s))
+        except dist.DistStoreError:
+            missing = [number for number in range(1, world_size) if not store.check([f"{name}/{number}"])]
+            shown = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
+            raise RankError(
+                f"{len(missing)} of {world_size} ranks did not come within {timeout_s:.0f} s: {shown}"
+            ) from None
+        store.set(f"{name}/confirmed", b"\n".join(store.multi_get(others)).decode())
+        return name
+    answer = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            store.wait(["name"], timedelta(seconds=left))
+            name = store.get("name").decode()
+            store.set(f"{name}/{rank}", answer)
+            store.wait([f"{name}/confirmed"], timedelta(seconds=_OFFER_S))
+        except dist.DistStoreError:
+            continue
+        if answer in store.get(f"{name}/confirmed").decode().split("\n"):
+            return name
+        time.sleep(0.05)  # rank 0 of this attempt has not come yet
+    raise RankError(f"rank {rank}: was not confirmed by rank 0 within {timeout_s:.0f} s")
