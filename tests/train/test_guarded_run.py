@@ -62,8 +62,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[Poison], None]:
         batch, step = BatchLoader.batch, monkeypatch_step
         drawn: list[Batch] = []
 
-        def draw(self: BatchLoader, first: int, size: int) -> Batch:
-            drawn[:] = [batch(self, first, size)]
+        def draw(self: BatchLoader, first: int, size: int, share: tuple[int, int]) -> Batch:
+            drawn[:] = [batch(self, first, size, share)]
             return drawn[0]
 
         def spoiled_step(model: Any, *arguments: Any, **options: Any) -> Any:

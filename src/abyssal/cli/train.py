@@ -37,33 +37,40 @@ def train(
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
     from abyssal.errors import Stopped
+    from abyssal.parallel.start import joined
     from abyssal.train.run_folder import RunFolder
 
     config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
-    from abyssal.train import loop
-
     folder = RunFolder(out or Path("runs") / config.name)
-    console = Console()
-    try:
-        if not resume:
-            model = loop.start(config, folder.path, console)
-        else:
-            stored = folder.resolved_config()
-            console.print(
-                f"going on with {folder.recipe}, the recipe {stored.name!r} that this run was started with",
-                highlight=False,
-                markup=False,
-            )
-            model = loop.resume(folder.path, console, overrides or [])
-    except (KeyboardInterrupt, Stopped):
-        again = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
-        went_far = folder.recipe.is_file()  # written before the first step
-        typer.echo(
-            f"\ninterrupted; go on with: {again} --resume" if went_far else "\ninterrupted before the first step",
-            err=True,
-        )
-        raise
-    shown = Console(highlight=False, soft_wrap=True, markup=False)
+    with joined() as info:
+        from abyssal.parallel.ranks import Ranks
+        from abyssal.train import loop
+
+        ranks = Ranks.joined(info.local_world_size)
+        console = Console(quiet=not ranks.is_first)
+        try:
+            if not resume:
+                model = loop.start(config, folder.path, console, ranks)
+            else:
+                stored = folder.resolved_config()
+                console.print(
+                    f"going on with {folder.recipe}, the recipe {stored.name!r} that this run was started with",
+                    highlight=False,
+                    markup=False,
+                )
+                model = loop.resume(folder.path, console, overrides or [], ranks)
+        except (KeyboardInterrupt, Stopped):
+            if ranks.is_first:
+                again = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
+                went_far = folder.recipe.is_file()  # written before the first step
+                typer.echo(
+                    f"\ninterrupted; go on with: {again} --resume"
+                    if went_far
+                    else "\ninterrupted before the first step",
+                    err=True,
+                )
+            raise
+    shown = Console(highlight=False, soft_wrap=True, markup=False, quiet=not ranks.is_first)
     shown.print(f"\nmodel directory: {model}")
     shown.print(f"report: {folder.report}")
     shown.print(f"try it: {program()} {shlex.join(['generate', str(model), '--prompt', 'def '])}")

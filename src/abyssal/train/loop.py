@@ -46,10 +46,11 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE)
     ranks.first(folder.refuse_another)
     open_initial_weights(config)  # a wrong init_from is found before anything is written
     ranks.first(lambda: prepare_inputs(config, folder.data(config), console))
+    inputs = open_inputs(config, folder.data(config))
     config, sentences = ranks.first(lambda: decide(config, _device(), ranks))
     _say(console, sentences)
     ranks.first(lambda: folder.begin(config))
-    return _train(config, folder, console, ranks, layout)
+    return _train(config, folder, inputs, console, ranks, layout)
 
 
 def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> Path:
@@ -74,17 +75,19 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: R
     if overrides:
         ranks.first(lambda: folder.begin(config))
     ranks.first(lambda: check_inputs(config, folder.data(config), console))
-    return _train(config, folder, console, ranks, layout)
+    inputs = open_inputs(config, folder.data(config))
+    return _train(config, folder, inputs, console, ranks, layout)
 
 
-def _train(config: RunConfig, folder: RunFolder, console: Console, ranks: Ranks, layout: RankLayout) -> Path:
+def _train(
+    config: RunConfig, folder: RunFolder, inputs: Inputs, console: Console, ranks: Ranks, layout: RankLayout
+) -> Path:
     device, length = _device(), config.train.sequence_length
     settle(min(config.train.threads, max(1, available_cores() // ranks.local_world_size)))
     mesh = None
     if ranks.world_size > 1:
         console.print(describe(layout, config.model), highlight=False, markup=False)
         mesh = Mesh.over(layout, device)
-    inputs = open_inputs(config, folder.data(config))
     state = TrainingState(config, device, ranks, mesh)
     if newest := ranks.first(lambda: latest_state(folder.states)):
         state.restore(newest)

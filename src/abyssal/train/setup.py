@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
+from abyssal.checkpoint.shards import fill_initial
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError, UsageError
 from abyssal.machine.describe import available_cores
 from abyssal.machine.memory import keep_freed_memory
 from abyssal.machine.probe import choose_compute_dtype, measure
-from abyssal.model import Transformer, initialise
+from abyssal.model import Transformer
 from abyssal.ops.kernels import choose_kernels
 from abyssal.parallel.apply import parallelise
 from abyssal.parallel.layout import RankLayout, lay_out
@@ -44,7 +45,7 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
 
 def initial_weights(model: Transformer, config: RunConfig) -> None:
     """Fill a model in place with the weights that the run begins with."""
-    initialise(model, config.seed)
+    fill_initial(model, config.seed)
     reader = open_initial_weights(config)
     if reader is not None:  # MTP modules that the directory lacks keep their initial weights
         load_into(model, reader, allow_missing_mtp=True)

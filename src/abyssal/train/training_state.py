@@ -25,9 +25,7 @@ from abyssal.train.step import RefusedUpdateError, StepResult
 class TrainingState:
     """The live state of a run; `tensors` and `record()` are what a training state on disk holds of it."""
 
-    def __init__(
-        self, config: RunConfig, device: torch.device, ranks: Ranks = ALONE, mesh: Mesh | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, ranks: Ranks = ALONE, mesh: Mesh | None = None) -> None:
         """Build the state of a run that begins, or this rank's part of it."""
         self.config, self.ranks = config, ranks
         self.model = build_model(config, device, mesh)

@@ -1,0 +1,65 @@
+"""A run on many ranks is the run of one process: gradients, losses, loads and validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks.training import Run, train_runs
+
+EXACT, ROUNDED = {"train.compute_dtype": "float64"}, {"train.compute_dtype": "float32"}
+#: For each number of ranks: recipe fields, beside a compute dtype.
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "dp 2, ZeRO-1": EXACT,
+        "dp 2, ZeRO-2": {**EXACT, "parallel.zero_stage": 2},
+        "dp 2, ZeRO-3": {**EXACT, "parallel.zero_stage": 3},
+        "ep 2": {**EXACT, "parallel.ep_size": 2},
+        "ep 2, fp32": {**ROUNDED, "parallel.ep_size": 2},
+    },
+    4: {
+        "dp 4, ZeRO-1": EXACT,
+        "dp 4, ZeRO-3": {**EXACT, "parallel.zero_stage": 3},
+        "ep 4": {**EXACT, "parallel.ep_size": 4, "parallel.zero_stage": 2},
+        "ep 2, replicated": {**EXACT, "parallel.ep_size": 2, "parallel.dp_replicate_size": 2},
+        "ep 2 * dp 2, ZeRO-2, fp32": {**ROUNDED, "parallel.ep_size": 2, "parallel.zero_stage": 2},
+    },
+    8: {
+        "ep 8": {**EXACT, "parallel.ep_size": 8},
+        "ep 2 * dp 4, ZeRO-3": {**EXACT, "parallel.ep_size": 2, "parallel.zero_stage": 3},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Run]:
+    return train_runs(1, folder, {"float64": EXACT, "float32": ROUNDED})
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_layout_trains_as_one_process(world_size: int, folder: Path, alone: dict[str, Run]) -> None:
+    for name, run in train_runs(world_size, folder, LAYOUTS[world_size]).items():
+        exact = LAYOUTS[world_size][name]["train.compute_dtype"] == "float64"
+        check(name, run, alone["float64" if exact else "float32"], *((1e-9, 1e-8) if exact else (1e-5, 1e-4)))
+
+
+def check(name: str, run: Run, alone: Run, gradient_limit: float, loss_limit: float) -> None:
+    assert run.gradients.keys() == alone.gradients.keys()
+    assert any("mlp.experts" in key for key in run.gradients), "no experts"
+    for key, expected in alone.gradients.items():
+        error = (run.gradients[key] - expected).norm() / expected.norm()
+        assert error <= gradient_limit, (name, key, error)
+    losses = run.of("loss"), alone.of("loss")
+    assert len(losses[0]) == len(losses[1]) == 20
+    for field in ("loss", "validation_loss", "balance_loss", "gradient_norm"):
+        for ours, theirs in zip(run.of(field), alone.of(field), strict=True):
+            assert abs(ours - theirs) <= loss_limit * max(1.0, abs(theirs)), (name, field)
+    assert all(loss for losses in run.of("mtp_losses") for loss in losses), "MTP off"
+    if gradient_limit < 1e-8:
+        assert run.of("expert_load") == alone.of("expert_load"), name

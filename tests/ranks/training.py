@@ -1,0 +1,109 @@
+"""Runs of `abyssal train` with a small demo on many ranks, and what they did."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from abyssal.parallel.ranks import Ranks
+
+#: The demo with small dims that all differ, two micro-batches for one process, and batches that 8 ranks can share.
+SMALL = {
+    "data.split_modulus": 4,
+    "tokenizer.train_bytes": 100_000,
+    "model.vocab_size": 320,
+    "model.hidden_size": 48,
+    "model.intermediate_size": 80,
+    "model.moe_intermediate_size": 32,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 2,
+    "model.q_lora_rank": 28,
+    "model.kv_lora_rank": 20,
+    "model.qk_nope_head_dim": 12,
+    "model.qk_rope_head_dim": 8,
+    "model.v_head_dim": 16,
+    "train.sequence_length": 24,
+    "train.micro_batch_size": 2,
+    "train.tokens": 20 * 16 * 24,
+    "train.threads": 1,
+    "evaluation.every_steps": 20,
+    "checkpoint.every_steps": 1000,
+    "optimizer.name": "adamw",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run did."""
+
+    metrics: list[dict[str, Any]]
+    gradients: dict[str, Tensor]  # of the first step, whole
+
+    def of(self, field: str) -> list[Any]:
+        """Return what every step, or validation, recorded under a name."""
+        return [line[field] for line in self.metrics if field in line]
+
+
+def train_runs(world_size: int, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Run]:
+    """Train each case (recipe fields beside `SMALL`) on as many gloo ranks, in `folder/<name>`.
+
+    Each is a command line of its own, in the same processes.
+    """
+    write_corpus(folder)
+    arguments = {
+        name: ["train", "demo", "--out", str(folder / name), *options(folder, fields)] for name, fields in cases.items()
+    }
+    run_ranks(world_size, _train, arguments)
+    runs = {}
+    for name in cases:
+        lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        runs[name] = Run([json.loads(line) for line in lines], torch.load(folder / name / "gradients.pt"))
+    return runs
+
+
+def options(folder: Path, fields: dict[str, Any]) -> list[str]:
+    """Return the --set options of a case."""
+    every = {"data.corpus": [str(folder / "corpus")], "data.folder": str(folder / "data"), **SMALL, **fields}
+    return [part for name, value in every.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+
+
+def write_corpus(folder: Path) -> None:
+    """Write documents that tests of `folder` train on, some of them for validation, unless they are there."""
+    corpus = folder / "corpus"
+    if not corpus.exists():
+        corpus.mkdir(parents=True)
+        for number in range(40):
+            words = (f"def f{number * k}(x):\n    return x + {k * k}\n" for k in range(1, 40))
+            (corpus / f"{number}.py").write_text("".join(words), encoding="utf-8")
+
+
+def _train(arguments: dict[str, list[str]]) -> None:
+    from abyssal.cli.main import main
+    from abyssal.train import loop, step
+
+    loop.peak_flops = lambda config, device: 1e12  # type: ignore[assignment]  # costs seconds, and states MFU only
+    clip, found = step.clip_gradients, list[dict[str, Tensor]]()
+
+    def recorded(model: nn.Module, max_norm: float, ranks: Ranks) -> Tensor:
+        if not found:
+            found.append({name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+        return clip(model, max_norm, ranks)
+
+    step.clip_gradients = recorded  # type: ignore[assignment]
+    for line in arguments.values():
+        found.clear()
+        assert main(line) == 0, line
+        if os.environ["RANK"] == "0":
+            torch.save(found[0], Path(line[line.index("--out") + 1]) / "gradients.pt")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
