@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ranks.training import Run, train_runs
 
 EXACT, ROUNDED = {"train.compute_dtype": "float64"}, {"train.compute_dtype": "float32"}

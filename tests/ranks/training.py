@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from abyssal.parallel.ranks import Ranks
+from ranks import run_ranks
 
 #: The demo with small dims that all differ, two micro-batches for one process, and batches that 8 ranks can share.
 SMALL = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from abyssal.model import Transformer
-from abyssal.model.feed_forward import LocalDispatcher, MixtureOfExperts, State
+from abyssal.model.feed_forward import Dispatcher, MixtureOfExperts, State
 
 
 class ExpertRecord:
@@ -36,11 +36,10 @@ class ExpertRecord:
         return [tuple(map(tuple, place)) for place in ranked.tolist()]
 
 
-class _NotingDispatcher(LocalDispatcher):
+class _NotingDispatcher:
     """Notes what goes through, and lets another dispatcher do the work."""
 
-    def __init__(self, inner: LocalDispatcher, layer: int, chosen: dict[int, tuple[Tensor, Tensor]]) -> None:
-        super().__init__(inner.num_experts, inner.top_k)
+    def __init__(self, inner: Dispatcher, layer: int, chosen: dict[int, tuple[Tensor, Tensor]]) -> None:
         self.inner, self._layer, self._chosen = inner, layer, chosen
 
     def dispatch(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> State:

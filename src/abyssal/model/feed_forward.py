@@ -16,6 +16,7 @@ Legend: T packed tokens, D hidden, E routed experts, K experts a token, M = T * 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +105,20 @@ class StackedExperts(nn.Module):
         return self.kernel(rows, weights, counts, self.gate_up_proj, self.down_proj)
 
 
+class Dispatcher(Protocol):
+    """The seam between a router and its experts; expert parallelism puts its all-to-alls there."""
+
+    def dispatch(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> State:
+        """Bring tokens [T, D] to their experts [T, K]: `rows`, `row_weights`, `counts` and the way back."""
+        ...
+
+    def combine(self, state: State) -> Tensor:
+        """Bring `rows` back and sum those of each token: [T, D]."""
+        ...
+
+
 class LocalDispatcher:
-    """Brings rows to experts that all live here; the seam where expert parallelism puts its all-to-all."""
+    """Brings rows to experts that all live here."""
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         """Serve `num_experts` experts, `top_k` a token."""
@@ -137,7 +150,7 @@ class MixtureOfExperts(nn.Module):
         self.gate = Gate(config)
         self.experts = StackedExperts(config, kernel)
         self.shared_experts = DenseFFN(config, config.shared_intermediate_size)
-        self.dispatcher = LocalDispatcher(config.n_routed_experts, config.num_experts_per_tok)
+        self.dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts, config.num_experts_per_tok)
 
     def route(self, state: State, ctx: Context) -> State:
         """Choose experts for `hidden` and weigh them; report the load; inject the balance loss."""

@@ -1,6 +1,6 @@
 """Rows to experts and back: two permutations, each the other's backward.
 
-Legend: T packed tokens, D hidden, K experts a token, M = T * K rows.
+Legend: T packed tokens, D hidden, K experts a token, M = T * K rows, n items of any number of rows each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 
 def expert_order(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,8 +24,26 @@ def expert_order(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     """
     flat = experts.flatten()
     order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return order, inverse, torch.bincount(flat, minlength=num_experts)
+    return order, inverse_order(order), torch.bincount(flat, minlength=num_experts)
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """Return where each element stands in a permutation [M]."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def sum_rows(rows: Tensor, places: Tensor, starts: Tensor) -> Tensor:
+    """Add up the rows of each item, in fp32 or above inside, rounded once; without autograd.
+
+    Args:
+        rows: [M, D].
+        places: [M] where the rows of the items stand, item after item.
+        starts: [n] where each item begins in `places`; an item without rows sums to 0.
+
+    Returns:
+        [n, D] in rows' dtype.
+    """
+    return F.embedding_bag(places, rows, starts, mode="sum")
 
 
 def _spread(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:

@@ -14,6 +14,7 @@ from abyssal.model import Transformer
 from abyssal.model.feed_forward import MixtureOfExperts, StackedExperts
 from abyssal.model.mtp import MTPBlock
 from abyssal.ops.experts import Experts
+from abyssal.parallel.dispatch import expert_parallel_dispatcher
 from abyssal.parallel.mesh import Mesh
 
 
@@ -34,13 +35,19 @@ def moe_layers(model: nn.Module) -> list[MixtureOfExperts]:
 
 def spread_experts(model: nn.Module, config: ParallelConfig, mesh: Mesh) -> None:
     """Leave each rank its slice of the experts of every layer, and put the all-to-all at the dispatcher seam."""
-    for moe in moe_layers(model):
+    if not (layers := moe_layers(model)):
+        return
+    layout, num_experts = mesh.layout, layers[0].config.n_routed_experts
+    dispatcher = expert_parallel_dispatcher(config, layout, mesh.expert.get_group(), num_experts)
+    for moe in layers:
         experts = moe.experts
         for name in ("gate_up_proj", "down_proj"):
             whole: nn.Parameter = getattr(experts, name)
-            own = whole.detach().chunk(mesh.layout.ep_size)[mesh.expert.get_local_rank()]
+            own = whole.detach().chunk(layout.ep_size)[mesh.expert.get_local_rank()]
             setattr(experts, name, nn.Parameter(DTensor.from_local(own, mesh.expert, [Shard(0)], run_check=False)))
         experts.kernel = of_local_weights(experts.kernel)
+        if layout.ep_size > 1:
+            moe.dispatcher = dispatcher
 
 
 def of_local_weights(kernel: Experts) -> Experts:

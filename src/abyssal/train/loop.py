@@ -66,7 +66,7 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: R
     """
     folder = RunFolder(path)
     before, config = folder.resolved_config(), folder.resolved_config(overrides)
-    newest = ranks.first(lambda: latest_state(folder.states))
+    newest = latest_state(folder.states, group=ranks.control)
     if newest is not None:  # the stored recipe may have been edited since
         before = RunConfig.parse(read_progress(newest).get("recipe", {}), source=str(newest))
     source = f"--set {' '.join(overrides)}" if overrides else str(folder.recipe)
@@ -89,7 +89,7 @@ def _train(
         console.print(describe(layout, config.model), highlight=False, markup=False)
         mesh = Mesh.over(layout, device)
     state = TrainingState(config, device, ranks, mesh)
-    if newest := ranks.first(lambda: latest_state(folder.states)):
+    if newest := latest_state(folder.states, group=ranks.control):
         state.restore(newest)
     ranks.first(lambda: folder.cut_metrics(state.progress.step))
     evaluate = partial(
@@ -129,7 +129,9 @@ def _steps(
     ranks = state.ranks
     keep_multiples_of = due.keep_every * due.every_steps
     with StopSignals() as signals:
-        with StateWriter(folder.states, keep=due.keep, keep_multiples_of=keep_multiples_of) as writer:
+        with StateWriter(
+            folder.states, keep=due.keep, keep_multiples_of=keep_multiples_of, group=ranks.control
+        ) as writer:
             while state.progress.tokens < total and not signals.agree(ranks.most):
                 batch, seen = state.next_batch(inputs.loader), state.progress.tokens
                 try:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.atomic import os_faults, remove_directory
-from abyssal.checkpoint.state import leaves, load_state, states
+from abyssal.checkpoint.pieces import leaves
+from abyssal.checkpoint.state import load_state, remove_state, states
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
-from abyssal.errors import CheckpointError, TrainingError
+from abyssal.errors import TrainingError
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.ranks import ALONE, Ranks
 from abyssal.train.average import WeightAverage
@@ -50,7 +50,7 @@ class TrainingState:
             CheckpointError: the state is damaged, or of another model or optimizer.
         """
         if path is not None:
-            record = load_state(path, self.tensors)
+            record = load_state(path, self.tensors, group=self.ranks.control)
             self.progress, self.guard = Progress.from_json(record), Guard.from_json(record.get("guard"))
             return
         initial_weights(self.model, self.config)
@@ -96,7 +96,7 @@ class TrainingState:
             TrainingError: the run went back too often already.
         """
         trouble, limits = self.guard, self.config.guard
-        found = self.ranks.first(lambda: states(root))
+        found = states(root, group=self.ranks.control)
         if len(trouble.rollbacks) >= limits.max_rollbacks:
             raise TrainingError(
                 f"step {self.progress.step + 1}: {last}; {len(trouble.refusals)} batches in {limits.rollback_steps} "
@@ -105,17 +105,13 @@ class TrainingState:
             )
         before = [path for path in found if _step_of(path) < trouble.refusals[0].step]
         target = before[-1] if before else found[0] if found else None
-        later = [path for path in reversed(found) if target is None or _step_of(path) > _step_of(target)]
-        self.ranks.first(lambda: _remove(later))
+        for path in reversed(found):
+            if path == target:
+                break
+            remove_state(path, group=self.ranks.control)
         self.restore(target)
         next_sequence = self.next_batch(loader).ranges[0][0]
         self.guard = trouble.rolled_back(self.guard, self.progress.step, next_sequence)
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        with os_faults(CheckpointError, path, "remove this later training state"):
-            remove_directory(path)
 
 
 def _step_of(path: Path) -> int:
