@@ -68,7 +68,7 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: R
     before, config = folder.resolved_config(), folder.resolved_config(overrides)
     newest = latest_state(folder.states, group=ranks.control)
     if newest is not None:  # the stored recipe may have been edited since
-        before = RunConfig.parse(read_progress(newest).get("recipe", {}), source=str(newest))
+        before = RunConfig.parse(read_progress(newest, group=ranks.control).get("recipe", {}), source=str(newest))
     source = f"--set {' '.join(overrides)}" if overrides else str(folder.recipe)
     _say(console, resumed_changes(before, config, source))
     layout = fit(config, ranks)

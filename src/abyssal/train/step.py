@@ -135,7 +135,7 @@ class _Seen:
         if ranks.world_size == 1:
             return
         layers = sorted(self.loads)
-        balance = torch.tensor([self.balance_loss / ranks.world_size])
+        balance = torch.tensor([self.balance_loss / ranks.world_size], dtype=torch.float64)
         loads = [self.loads[layer].cpu() for layer in layers]
         parts = [torch.stack([self.main, *self.mtp]), balance, *loads]
         sums = ranks.sum(torch.cat([part.to(torch.float64) for part in parts]))  # exact for counts of tokens
