@@ -6,8 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
-from abyssal.engine import Conversation, LoadedModel, SamplingParameters, Speculation, load_model, stream_text
+from abyssal.engine import Conversation, LoadedModel, SamplingParameters, Speculation, load, load_model, stream_text
 from abyssal.errors import UsageError
 from abyssal.text.chat import ChatTemplate
 from abyssal.text.special_tokens import ASSISTANT, BOS, EOS, USER
@@ -16,8 +17,10 @@ Talk = Callable[..., Conversation]
 
 
 @pytest.fixture
-def loaded(model_directory: Callable[..., Path]) -> LoadedModel:
-    return load_model(model_directory(max_position_embeddings=700, num_nextn_predict_layers=2))
+def loaded(model_directory: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    """In float64, where a text does not depend on how it is cut into passes."""
+    monkeypatch.setitem(load.DTYPES, "float64", torch.float64)
+    return load_model(model_directory(max_position_embeddings=700, num_nextn_predict_layers=2), dtype="float64")
 
 
 @pytest.fixture

@@ -14,8 +14,13 @@ from abyssal.errors import UsageError
 from abyssal.server import ServerOptions
 
 CHAT = "/v1/chat/completions"
-BODY: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-SLOW = {**BODY, "max_tokens": 150, "ignore_eos": True}
+BODY: dict[str, Any] = {
+    "model": "model",
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_tokens": 4,
+    "ignore_eos": True,  # tokens are drawn, and these tests count them
+}
+SLOW = {**BODY, "max_tokens": 150}
 
 
 def check(answer: Any, status: int, words: str, code: str | None = None, param: str | None = None) -> None:
