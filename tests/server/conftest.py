@@ -134,7 +134,7 @@ def alone(loaded: LoadedModel) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def held() -> Callable[..., AbstractContextManager[None]]:
-    """Let an engine make only so many further steps within the block, so that what runs lasts as long as a test needs."""
+    """Let an engine make only so many further steps within the block, so that what runs lasts as long as is needed."""
 
     @contextmanager
     def hold(engine: Engine, steps: int = 0) -> Iterator[None]:
