@@ -6,8 +6,15 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from abyssal.config import ModelConfig, RunConfig, load_recipe
+
+# No property depends on how long the machine takes; a failure says how to draw the same again.
+settings.register_profile(
+    "unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("unhurried")
 
 WORDS = (
     *("def", "return", "self", "value", "for", "in", "range", "len", "print", "import"),

@@ -54,21 +54,27 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             self.server.keys.append(self.headers["authorization"])
             number = len(self.server.streamed()) - 1
+        if body.get("stream"):
+            self.stream(body, chat, usage, self.server.faults.get(number))
+        else:
+            self.answer(200, {"choices": [], "usage": usage})
+
+    def stream(self, body: dict[str, Any], chat: bool, usage: dict[str, Any] | None, fault: str | None) -> None:
+        with self.server.lock:
             self.server.open += 1
             self.server.most_open = max(self.server.most_open, self.server.open)
         try:
-            if body.get("stream"):
-                self.stream(body, chat, usage, self.server.faults.get(number))
-            else:
-                self.answer(200, {"choices": [], "usage": usage})
+            end = self.events(body, chat, usage, fault)
         finally:
             with self.server.lock:
                 self.server.open -= 1
+        self.wfile.write(end)  # not before: who has read it asks for the next one
 
-    def stream(self, body: dict[str, Any], chat: bool, usage: dict[str, Any] | None, fault: str | None) -> None:
+    def events(self, body: dict[str, Any], chat: bool, usage: dict[str, Any] | None, fault: str | None) -> bytes:
+        """Send all but the end of the stream, and return that."""
         if fault == "full":
             self.answer(503, {"error": {"message": "the queue is full"}})
-            return
+            return b""
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
@@ -77,15 +83,15 @@ class Handler(BaseHTTPRequestHandler):
         for _ in range(body["max_tokens"]):
             self.event({"choices": [{"delta": {"content": "x"}} if chat else {"text": "x"}]})
             if fault == "breaks":
-                return
+                return b""
             if fault == "error":
                 self.event({"error": {"message": "out of pages"}})
-                return
+                return b""
         if usage is not None:
             drafts = {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 1}
             counted = {"completion_tokens": body["max_tokens"], "completion_tokens_details": drafts}
             self.event({"choices": [], "usage": usage | counted})
-        self.wfile.write(b"data: [DONE]\n\n")
+        return b"data: [DONE]\n\n"
 
     def event(self, fields: dict[str, Any]) -> None:
         self.wfile.write(b"data: " + json.dumps(fields).encode() + b"\n\n")

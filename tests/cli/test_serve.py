@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     applications: list[Any] = []
 
     def run_server(app: Any, listener: Any, *, drain_timeout_s: float) -> None:
-        listener.close()
+        with socket.create_connection(("127.0.0.1", listener.getsockname()[1])):  # as soon as the address was told
+            listener.close()
         applications.append((app, drain_timeout_s))
 
     monkeypatch.setattr("abyssal.server.process.run_server", run_server)

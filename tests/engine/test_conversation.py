@@ -6,8 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
-from abyssal.engine import Conversation, LoadedModel, SamplingParameters, Speculation, load_model, stream_text
+from abyssal.engine import Conversation, LoadedModel, SamplingParameters, Speculation, load, load_model, stream_text
 from abyssal.errors import UsageError
 from abyssal.text.chat import ChatTemplate
 from abyssal.text.special_tokens import ASSISTANT, BOS, EOS, USER
@@ -16,8 +17,10 @@ Talk = Callable[..., Conversation]
 
 
 @pytest.fixture
-def loaded(model_directory: Callable[..., Path]) -> LoadedModel:
-    return load_model(model_directory(max_position_embeddings=700, num_nextn_predict_layers=2))
+def loaded(model_directory: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    """In float64, where a text does not depend on how it is cut into passes."""
+    monkeypatch.setitem(load.DTYPES, "float64", torch.float64)
+    return load_model(model_directory(max_position_embeddings=700, num_nextn_predict_layers=2), dtype="float64")
 
 
 @pytest.fixture
@@ -42,17 +45,21 @@ def test_each_answer_is_what_the_whole_text_gives_to_a_fresh_cache(
     parameters = SamplingParameters(12, temperature=temperature, seed=40)
     speculation = Speculation(drafts) if drafts else None
     conversation = talk(parameters, system="Größe x", speculation=speculation)
-    text, reused = f"{BOS}Größe x", []
+    text, reused, said = f"{BOS}Größe x", [], []
     for turn in range(5):
         question = "".join(random.choices("def f(x): 大é\n", k=turn + 3))
         text += f"{USER}{question}{ASSISTANT}"
         same = SamplingParameters(12, temperature=temperature, seed=40 + turn)
-        wanted = "".join(chunk.text for chunk in stream_text(loaded, loaded.tokenizer.encode(text), same))
+        chunks = list(stream_text(loaded, loaded.tokenizer.encode(text), same))
+        wanted = "".join(chunk.text for chunk in chunks)
         assert answer(conversation, question) == wanted
+        said.append(len(chunks))
         text += f"{wanted}{EOS}"
         reused.append(conversation.reused_tokens)
     assert reused[0] == 0
-    assert all(before < after for before, after in pairwise(reused))
+    for (before, after), tokens in zip(pairwise(reused), said, strict=False):
+        # what drafts takes a prompt in behind the answer's first token, which may be its last
+        assert before < after or (drafts and tokens == 1 and before == after)
     assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 5]
     if speculation:
         assert speculation.passes > 0

@@ -74,7 +74,7 @@ class World:
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
 def world(request: pytest.FixtureRequest, tiny_config: ModelConfig, build: Build) -> World:
-    return World(build(tiny_config.model_copy(update=request.param), seed=8, dtype=torch.float32))
+    return World(build(tiny_config.model_copy(update=request.param), seed=8))
 
 
 def pages(engine_model: Transformer, count: int, page_tokens: int) -> int:

@@ -132,6 +132,6 @@ def test_the_joint_distribution_of_tokens_is_unchanged_at_temperature_1(
     assert drafted == samples
     assert 0.2 * drafted < accepted < 0.9 * drafted, "both ways must be taken often"
     expected = exact_pairs(table, samples)
-    assert chi_square_p(counts, expected) > 1e-4
+    assert chi_square_p(counts, expected) > 1e-8  # of so many draws, one fails where another processor draws otherwise
     wrong = exact_pairs({ids: logits / 1.1 for ids, logits in table.items()}, samples)
-    assert chi_square_p(counts, wrong) < 1e-4, "the test must see a temperature of 1.1"
+    assert chi_square_p(counts, wrong) < 1e-8, "the test must see a temperature of 1.1"  # it is 1e-40 to 1e-52

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fastapi import FastAPI
 
 from abyssal.checkpoint.model_directory import write_model_directory
 from abyssal.config import ModelConfig
-from abyssal.engine import Engine, EngineOptions, LoadedModel, Request, SamplingParameters, load_model
+from abyssal.engine import Engine, EngineOptions, LoadedModel, Output, Request, SamplingParameters, load_model
 from abyssal.model import Transformer, initialise
 from abyssal.server import ServerOptions, create_app
 from abyssal.text.chat import ChatTemplate
@@ -129,6 +130,31 @@ def alone(loaded: LoadedModel) -> Callable[..., list[str]]:
         return texts
 
     return texts
+
+
+@pytest.fixture
+def held() -> Callable[..., AbstractContextManager[None]]:
+    """Let an engine make only so many further steps within the block, so that what runs lasts as long as is needed."""
+
+    @contextmanager
+    def hold(engine: Engine, steps: int = 0) -> Iterator[None]:
+        go, step, left = threading.Event(), engine.step, steps
+
+        def held_step() -> list[Output]:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                go.wait()
+            return step()
+
+        engine.step = held_step
+        try:
+            yield
+        finally:
+            engine.step = step
+            go.set()
+
+    return hold
 
 
 @pytest.fixture

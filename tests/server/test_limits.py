@@ -15,7 +15,8 @@ from abyssal.server import ServerOptions
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-SLOW = {**BODY, "max_tokens": 150, "ignore_eos": True}
+COUNTED = {**BODY, "ignore_eos": True}  # otherwise any of the tokens, which are drawn, may be the last
+SLOW = {**COUNTED, "max_tokens": 150}
 
 
 def check(answer: Any, status: int, words: str, code: str | None = None, param: str | None = None) -> None:
@@ -182,47 +183,50 @@ def test_a_body_that_is_too_large_is_413(serve: Any, within_seconds: Any) -> Non
     within_seconds(scenario())
 
 
-def test_a_full_queue_is_503_with_retry_after(serve: Any, within_seconds: Any) -> None:
+def test_a_full_queue_is_503_with_retry_after(serve: Any, within_seconds: Any, held: Any) -> None:
     async def scenario() -> None:
         engine = EngineOptions(max_running=1, num_drafts=0)
         async with serve(engine=engine, max_waiting=1) as served:
-            slow = [asyncio.ensure_future(served.http.post(CHAT, json=SLOW)) for _ in range(2)]
-            while served.app.state.driver.num_texts < 2:
-                await asyncio.sleep(0.01)
-            answer = await served.http.post(CHAT, json=BODY)
-            check(answer, 503, "try again later", "queue_full")
-            assert answer.headers["retry-after"] == "1"
-            two = {"model": "model", "prompt": ["a", "b"], "max_tokens": 2}
-            check(await served.http.post("/v1/completions", json=two), 503, "try again later", "queue_full")
+            with held(served.app.state.engine):
+                slow = [asyncio.ensure_future(served.http.post(CHAT, json=SLOW)) for _ in range(2)]
+                while served.app.state.driver.num_texts < 2:
+                    await asyncio.sleep(0.01)
+                answer = await served.http.post(CHAT, json=BODY)
+                check(answer, 503, "try again later", "queue_full")
+                assert answer.headers["retry-after"] == "1"
+                two = {"model": "model", "prompt": ["a", "b"], "max_tokens": 2}
+                check(await served.http.post("/v1/completions", json=two), 503, "try again later", "queue_full")
             assert [(await one).status_code for one in slow] == [200, 200]
 
     within_seconds(scenario())
 
 
-def test_a_server_that_drains_refuses_and_lets_end(serve: Any, within_seconds: Any) -> None:
+def test_a_server_that_drains_refuses_and_lets_end(serve: Any, within_seconds: Any, held: Any) -> None:
     async def scenario() -> None:
         async with serve() as served:
-            slow = asyncio.ensure_future(served.http.post(CHAT, json=SLOW))
-            while not served.app.state.driver.num_texts:
-                await asyncio.sleep(0.01)
-            draining = asyncio.ensure_future(served.app.state.driver.drain(30))
-            await asyncio.sleep(0)
-            check(await served.http.post(CHAT, json=BODY), 503, "about to stop", "shutting_down")
-            check(await served.http.get("/health"), 503, "about to stop", "shutting_down")
+            with held(served.app.state.engine):
+                slow = asyncio.ensure_future(served.http.post(CHAT, json=SLOW))
+                while not served.app.state.driver.num_texts:
+                    await asyncio.sleep(0.01)
+                draining = asyncio.ensure_future(served.app.state.driver.drain(30))
+                await asyncio.sleep(0)
+                check(await served.http.post(CHAT, json=BODY), 503, "about to stop", "shutting_down")
+                check(await served.http.get("/health"), 503, "about to stop", "shutting_down")
             assert await draining
             assert (await slow).json()["usage"]["completion_tokens"] == 150
 
     within_seconds(scenario())
 
 
-def test_what_drains_too_long_ends_with_a_reason(serve: Any, within_seconds: Any) -> None:
+def test_what_drains_too_long_ends_with_a_reason(serve: Any, within_seconds: Any, held: Any) -> None:
     async def scenario() -> None:
         async with serve() as served:
             asked = [served.http.post(CHAT, json=SLOW), served.http.post(CHAT, json=SLOW | {"stream": True})]
-            whole, stream = (asyncio.ensure_future(one) for one in asked)
-            while served.app.state.driver.num_texts < 2:
-                await asyncio.sleep(0.01)
-            await served.app.state.driver.drain(0)
+            with held(served.app.state.engine):
+                whole, stream = (asyncio.ensure_future(one) for one in asked)
+                while served.app.state.driver.num_texts < 2:
+                    await asyncio.sleep(0.01)
+                await served.app.state.driver.drain(0)
             check(await whole, 503, "had not ended in time", "shutting_down")
             *_, last, end = (await stream).text.split("\n\n")
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
@@ -237,7 +241,7 @@ def test_the_access_log_tells_of_each_request_and_of_no_text(
     async def scenario() -> None:
         async with serve(api_keys=("secret",)) as served:
             with caplog.at_level(logging.INFO, "abyssal.access"):
-                answer = await served.http.post(CHAT, json=BODY, headers={"authorization": "Bearer secret"})
+                answer = await served.http.post(CHAT, json=COUNTED, headers={"authorization": "Bearer secret"})
                 await served.http.post(CHAT, json=BODY)
             first, second = (json.loads(record.message) for record in caplog.records if record.name == "abyssal.access")
             assert first["request_id"] == answer.headers["x-request-id"]
@@ -253,9 +257,9 @@ def test_the_access_log_tells_of_each_request_and_of_no_text(
 def test_metrics_count_under_vllms_names(serve: Any, within_seconds: Any) -> None:
     async def scenario() -> None:
         async with serve() as served:
-            await served.http.post(CHAT, json=BODY)
-            await served.http.post(CHAT, json=BODY | {"n": 2, "stream": True})
-            await served.http.post(CHAT, json=BODY | {"n": 0})
+            await served.http.post(CHAT, json=COUNTED)
+            await served.http.post(CHAT, json=COUNTED | {"n": 2, "stream": True})
+            await served.http.post(CHAT, json=COUNTED | {"n": 0})
             lines = dict(
                 line.rsplit(" ", 1) for line in (await served.http.get("/metrics")).text.splitlines() if line[0] != "#"
             )

@@ -172,7 +172,7 @@ def expression(draw: random.Random, depth: int) -> str:
                 "{a} == {b}",
                 "{a} if {b} else t",
                 "[{a}, {b}]",
-                "({a} | string)[1:]",
+                "(({a}) | string)[1:]",  # of a text: a slice of another constant is nothing once jinja2 folds it
             ),
             *("{a} | string", "{a} | length", "[{a}, {b}] | join('-')", "{a} is string", "{{'k': {a}}}.k"),
             *(
@@ -209,20 +209,20 @@ def statement(draw: random.Random, depth: int) -> str:
     return form.format(b=body, v=value, m=minus)
 
 
-@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of what jinja2 compiles `3[1:]` to
 def test_random_templates(oracle: Oracle) -> None:
     """Every construct that is rewritten or metered, nested at random; those that fail must fail for both."""
     draw, texts = random.Random(random.randrange(2**32)), 0
     opening = "{% set ns = namespace(t='') %}{% set m = messages[0] %}{% set i = 2 %}{% set t = 'tt' %}"
-    for _ in range(150):
+    while texts < 50:  # of about three times as many
         source = opening + "".join(statement(draw, draw.randint(0, 3)) for _ in range(3))
         texts += same(oracle, source, conversation(draw))
-    assert texts > 30
 
 
 def test_the_date_is_todays(oracle: Oracle) -> None:
-    source = "{{ strftime_now('%d %B %Y') }}"
-    assert same(oracle, source, [{"role": "user"}])
+    source, messages = "{{ strftime_now('%d %B %Y') }}", [{"role": "user"}]
+    before = oracle(source, messages)
+    found = ChatTemplate({"default": source}, SPECIAL).render(messages)
+    assert found in (before, oracle(source, messages))  # at midnight, either
 
 
 # Where templates come from

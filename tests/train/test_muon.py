@@ -10,15 +10,17 @@ from abyssal.train.muon import Muon, orthogonalise
 
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 9, 31), (2, 40, 11)], ids=str)
 def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int, int]) -> None:
-    matrices = torch.randn(shape) * 7.0
-    found = orthogonalise(matrices).float()
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    values = torch.linalg.svdvals(found)
-    assert values.min() > 0.4
-    assert values.max() < 1.35
+    """Of singular values within a factor of 10: five iterations do not bring a far smaller one up."""
+    stack, rows, columns = shape
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)  # v is transposed already
+    values = 0.1 + 0.9 * torch.rand(stack, min(rows, columns))
+    found = orthogonalise(7.0 * u * values[:, None] @ v).float()
+    ends = torch.linalg.svdvals(found)
+    assert ends.min() > 0.6
+    assert ends.max() < 1.25
     inner = u.mT @ found @ v.mT  # diagonal where the singular vectors are the same
     off_diagonal = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
-    assert off_diagonal.abs().max() < 0.1
+    assert off_diagonal.norm() < 0.05 * inner.norm()
 
 
 def test_matrices_of_a_stack_do_not_see_each_other() -> None:
@@ -37,16 +39,17 @@ def test_zero_gradient_moves_nothing_but_by_decay() -> None:
 
 
 def test_two_steps_equal_the_definition() -> None:
-    start, gradients = torch.randn(5, 16), [torch.randn(5, 16), torch.randn(5, 16)]
+    """The gradients and momenta here are exact in fp32 in whatever order, so that both are rounded to the same bf16."""
+    start, gradients = torch.randn(5, 16), [torch.randint(-64, 65, (5, 16)) / 8 for _ in range(2)]
     weight = torch.nn.Parameter(start.clone())
-    optimizer = Muon([weight], momentum=0.8, weight_decay=0.1)
+    optimizer = Muon([weight], momentum=0.75, weight_decay=0.1)
     momentum, expected = torch.zeros(5, 16), start.clone()
     for gradient, lr in zip(gradients, (0.02, 0.01), strict=True):
         optimizer.param_groups[0]["lr"] = 3 * lr
         weight.grad = gradient
         optimizer.step()
-        momentum = 0.8 * momentum + 0.2 * gradient
-        direction = 0.2 * gradient + 0.8 * momentum
+        momentum = 0.75 * momentum + 0.25 * gradient
+        direction = 0.25 * gradient + 0.75 * momentum
         expected *= 1 - 3 * lr * 0.1
         expected -= 3 * lr * 0.2 * 4 * orthogonalise(direction[None])[0].float()
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)

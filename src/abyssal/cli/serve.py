@@ -91,6 +91,7 @@ def serve(
         loaded = load_model(model, dtype=dtype, device=device, threads=threads)
         app = create_app(loaded, template=_template(model), options=options, engine_options=engine_options)
         set_up_logging(access=access_log)
+        listener.listen()  # whoever comes from now on waits, instead of being refused until the loop has begun
         address, bound_port = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         typer.echo(

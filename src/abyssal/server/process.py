@@ -62,7 +62,7 @@ def run_server(app: FastAPI, listener: socket.socket, *, drain_timeout_s: float)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to the address; port 0 takes a free one.
+    """Return a socket that is bound to the address but does not listen yet; port 0 takes a free one.
 
     Raises:
         UsageError: the address cannot be had.

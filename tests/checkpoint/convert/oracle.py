@@ -99,7 +99,8 @@ def quantise_randomly(tensors: dict[str, Tensor], seed: int, scale_dtype: torch.
             codes = torch.randint(0, 256, tensor.shape, generator=generator, dtype=torch.uint8)
             codes[(codes & 0x7F) == 0x7F] = 5
             grid = tuple(-(-size // 128) for size in tensor.shape)
-            scale = torch.rand(grid, generator=generator) * torch.exp2(torch.randint(-9, 4, grid).float()) + 1e-6
+            sizes = torch.exp2(torch.randint(-9, 4, grid, generator=generator).float())
+            scale = torch.rand(grid, generator=generator) * sizes + 1e-6
             result[name] = codes.view(torch.float8_e4m3fn)
             result[f"{name}_scale_inv"] = scale.to(scale_dtype)
     return result
