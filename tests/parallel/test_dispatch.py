@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 
 from abyssal.config.parallel import ParallelConfig
@@ -23,6 +22,7 @@ from abyssal.model.feed_forward import LocalDispatcher
 from abyssal.ops.experts import expert_ffn, segmented_expert_ffn
 from abyssal.parallel.dispatch import ExpertParallelDispatcher, expert_parallel_dispatcher
 from abyssal.parallel.layout import RankLayout
+from ranks import run_ranks
 
 WIDTH, INNER = 11, 7
 TOP_K = 3
@@ -128,6 +128,13 @@ def on_a_rank(case: Case, dispatcher: ExpertParallelDispatcher, rank: int, run: 
     return results(inputs, output, gate_up, down)
 
 
+WAYS = [
+    ("direct", "direct", composed, expert_ffn),
+    ("segmented", "direct", composed, segmented_expert_ffn),
+    ("node_limited", "node_limited", composed, expert_ffn),
+]
+
+
 def run_all(drawn: list[Case], node_size: int) -> dict[tuple[str, str], dict[str, Any]]:
     """Run every case on this rank, in every way."""
     dist.init_process_group("gloo")
@@ -135,10 +142,9 @@ def run_all(drawn: list[Case], node_size: int) -> dict[tuple[str, str], dict[str
     layout = RankLayout(1, 1, 1, ranks, node_size)
     found = {}
     for case in drawn:
-        dispatcher = expert_parallel_dispatcher(
-            ParallelConfig(ep_size=ranks), layout, dist.group.WORLD, case.num_experts
-        )
-        for name, run, kernel in [("direct", composed, expert_ffn), ("segmented", composed, segmented_expert_ffn)]:
+        for name, kind, run, kernel in WAYS:
+            config = ParallelConfig(ep_size=ranks, dispatch=kind)
+            dispatcher = expert_parallel_dispatcher(config, layout, dist.group.WORLD, case.num_experts)
             found[case.name, name] = on_a_rank(case, dispatcher, rank, run, kernel)
     return found
 
@@ -149,13 +155,13 @@ def assert_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert error <= 1e-12 * np.linalg.norm(expected), f"{what}: off by {error}"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_outputs_and_gradients_equal_those_of_one_process(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "node_size"), [(2, 1), (4, 2), (4, 4), (4, 1)], ids=str)
+def test_outputs_and_gradients_equal_those_of_one_process(ranks: int, node_size: int) -> None:
     drawn = cases(ranks)
-    found = run_ranks(ranks, run_all, drawn, 2)
+    found = run_ranks(ranks, run_all, drawn, node_size)
     for case in drawn:
         expected = in_one_process(case)
-        for way in ("direct", "segmented"):
+        for way, *_ in WAYS:
             for name, value in expected.items():
                 whole = np.concatenate([part[case.name, way][name] for part in found])
                 assert_close(whole, value, f"{case}, {way}: {name}")
