@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from abyssal.ops import row_fp8
 from abyssal.ops.row_fp8 import dequantise_rows, quantise_rows
 
 
@@ -87,6 +88,17 @@ def test_groups_of_zeros_have_scale_1_and_no_rows_are_no_rows() -> None:
     assert torch.equal(dequantise_rows(fp8, scale, torch.float32), torch.zeros(2, 130))
     none = quantise_rows(torch.zeros(0, 130), power_of_two=True)
     assert dequantise_rows(*none, torch.bfloat16).shape == (0, 130)
+
+
+def test_rows_that_are_worked_on_apart_are_those_of_the_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = draw((11, 300), seed)
+    whole = quantise_rows(rows, power_of_two=True)
+    back = dequantise_rows(*whole, torch.bfloat16)
+    monkeypatch.setattr(row_fp8, "AT_A_TIME", 4 * 300)
+    apart = quantise_rows(rows, power_of_two=True)
+    assert torch.equal(apart[0].view(torch.uint8), whole[0].view(torch.uint8))
+    assert torch.equal(apart[1], whole[1])
+    assert torch.equal(dequantise_rows(*apart, torch.bfloat16), back)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
