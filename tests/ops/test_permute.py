@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.ops.permute import expert_order, from_experts, to_experts
+from abyssal.ops.permute import expert_order, from_experts, inverse_order, sum_rows, to_experts
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 6, 4, 5, 3
 
@@ -71,3 +71,31 @@ def test_bfloat16_rows_are_summed_in_float32_and_rounded_once() -> None:
     out = from_experts(rows, order, inverse, 9)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out.float(), torch.full((1, HIDDEN), 1.0 + 2.0**-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(3), ids="seed{}".format)
+def test_rows_of_each_item_are_summed_with_one_rounding(seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [3, 0, 17, 1, 0, 4]
+    rows = torch.randn(sum(sizes), HIDDEN, dtype=torch.float64, generator=generator).to(dtype)
+    places = torch.randperm(sum(sizes), generator=generator)
+    starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
+    found = sum_rows(rows, places, starts)
+    assert found.dtype == dtype
+    inside = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for item, taken in enumerate(places.split(sizes)):
+        picked = rows[taken].double()
+        bound = torch.finfo(dtype).eps / 2 * picked.sum(0).abs() + 2 * len(taken) * inside * picked.abs().sum(0)
+        assert ((found[item].double() - picked.sum(0)).abs() <= bound).all()
+
+
+def test_no_rows_sum_to_nothing_and_items_without_rows_to_zero() -> None:
+    none, three = torch.empty(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    assert sum_rows(torch.empty(0, HIDDEN), none, none).shape == (0, HIDDEN)
+    assert torch.equal(sum_rows(torch.empty(0, HIDDEN), none, three), torch.zeros(3, HIDDEN))
+
+
+def test_an_inverse_undoes_its_permutation() -> None:
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(order[inverse_order(order)], torch.arange(23))

@@ -52,13 +52,18 @@ def quantise_blocks(weight: Tensor, *, power_of_two: bool = False) -> tuple[Tens
         if rest := -weight.shape[1] % BLOCK:
             part = F.pad(part, (0, rest))  # [<=128, C * 128]
         amax = part.abs().unflatten(1, (-1, BLOCK)).amax((0, 2))  # [C]
-        factor = (amax / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-        if power_of_two:
-            mantissa, exponent = torch.frexp(factor)  # mantissa in [0.5, 1)
-            factor = torch.ldexp(torch.ones_like(factor), exponent - (mantissa == 0.5).to(exponent.dtype))
-        factor = torch.where(amax == 0, torch.ones_like(factor), factor)
-        scale[block] = torch.where(amax.isfinite(), factor, torch.nan)
+        scale[block] = scale_of(amax, power_of_two=power_of_two)
     return requantise_blocks(weight, scale), scale
+
+
+def scale_of(amax: Tensor, *, power_of_two: bool) -> Tensor:
+    """Return the scale of blocks with the largest magnitudes `amax`, fp32 both; see `quantise_blocks`."""
+    factor = (amax / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    if power_of_two:
+        mantissa, exponent = torch.frexp(factor)  # mantissa in [0.5, 1)
+        factor = torch.ldexp(torch.ones_like(factor), exponent - (mantissa == 0.5).to(exponent.dtype))
+    factor = torch.where(amax == 0, torch.ones_like(factor), factor)
+    return torch.where(amax.isfinite(), factor, torch.nan)
 
 
 def requantise_blocks(weight: Tensor, scale: Tensor) -> Tensor:
@@ -87,11 +92,11 @@ def dequantise_blocks(fp8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """
     out = torch.empty_like(fp8, dtype=dtype)
     for block, rows in _row_blocks(fp8):
-        out[rows] = _widened(fp8[rows]).mul_(_columns(scale[block], fp8.shape[1]))
+        out[rows] = widen(fp8[rows]).mul_(_columns(scale[block], fp8.shape[1]))
     return out
 
 
-def _widened(fp8: Tensor) -> Tensor:
+def widen(fp8: Tensor) -> Tensor:
     """Return FP8 values in fp32, exactly: on a CPU by moving bits, eight times as fast as torch's cast.
 
     Sign, exponent and mantissa of e4m3, seven bits to the left, are an fp16 number 2**8 times smaller, because the
@@ -102,7 +107,7 @@ def _widened(fp8: Tensor) -> Tensor:
     bits = fp8.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
     bits.bitwise_and_(-0x4001)  # the copy of the sign, which the widening put into the exponent
     values = bits.view(torch.float16).to(torch.float32).mul_(256.0)
-    if (fp8.view(torch.uint8) & 0x7F).amax() == 0x7F:
+    if fp8.numel() and (fp8.view(torch.uint8) & 0x7F).amax() == 0x7F:
         values.masked_fill_(values.abs() == 480.0, torch.nan)
     return values
 

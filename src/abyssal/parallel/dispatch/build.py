@@ -8,6 +8,7 @@ from abyssal.config.parallel import ParallelConfig
 from abyssal.parallel.dispatch.direct import DirectPath
 from abyssal.parallel.dispatch.dispatcher import ExpertParallelDispatcher
 from abyssal.parallel.dispatch.exchange import Link
+from abyssal.parallel.dispatch.node_limited import NodeLimitedPath
 from abyssal.parallel.layout import RankLayout
 
 
@@ -16,6 +17,30 @@ def expert_parallel_dispatcher(
 ) -> ExpertParallelDispatcher:
     """Return the dispatcher for all layers with `num_experts` experts, spread evenly over `ep_group`.
 
-    Every rank of the run must call it, once and in the same order as other process groups are made.
+    Every rank of the run must call it, once and in the same order as other process groups are made. Where an expert
+    group fits into a node there is nothing to limit, and the path is direct.
     """
-    return ExpertParallelDispatcher(DirectPath(Link.over(ep_group, layout.node_size), num_experts))
+    fp8 = config.dispatch_dtype == "fp8"
+    whole = Link.over(ep_group, layout.node_size)
+    if config.dispatch == "direct" or layout.ep_size <= layout.node_size:
+        return ExpertParallelDispatcher(DirectPath(whole, num_experts), fp8=fp8)
+    across, within = (
+        Link.over(dist.new_subgroups_by_enumeration(ranks, group_desc=name)[0], layout.node_size)
+        for name, ranks in node_groups(layout).items()
+    )
+    return ExpertParallelDispatcher(NodeLimitedPath(whole, across, within, num_experts), fp8=fp8)
+
+
+def node_groups(layout: RankLayout) -> dict[str, list[list[int]]]:
+    """Return the ranks of each group that rows cross nodes in, one rank a node, and of each that they are forwarded in.
+
+    An expert group fills whole nodes.
+    """
+    ep, node = layout.ep_size, layout.node_size
+    groups = range(0, layout.world_size, ep)
+    return {
+        "experts_across_nodes": [
+            list(range(first + index, first + ep, node)) for first in groups for index in range(node)
+        ],
+        "experts_within_node": [list(range(first, first + node)) for first in range(0, layout.world_size, node)],
+    }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from abyssal.parallel.dispatch.exchange import Link, Traffic
 from abyssal.parallel.dispatch.halves import Exchange, finish, start
-from abyssal.parallel.dispatch.message import Encoding, Plain
+from abyssal.parallel.dispatch.message import Fp8, Plain
 from abyssal.parallel.dispatch.route import Back, Out, Route, State
 
 Leg = Literal["dispatch", "combine", "dispatch_backward", "combine_backward"]
@@ -39,12 +39,15 @@ class ExpertParallelDispatcher:
     `combine` each are a start and a finish, which may be called apart; so may their backward passes where autograd is
     cut between them. The state is a dict of tensors at every border; what it holds beside goes through untouched.
 
+    What goes to experts, rows in `dispatch` and their gradients in the backward pass of `combine`, may go in FP8; what
+    comes from them keeps its type. The gradient of the rounding is that of the identity. As published (§3.3.3).
+
     `traffic` counts what this rank has sent, forward and backward apart.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Send along `path`."""
-        self._path = path
+    def __init__(self, path: Path, *, fp8: bool = False) -> None:
+        """Send along `path`; to experts in FP8, if asked for."""
+        self._path, self._fp8 = path, fp8
         self._numbers = count()
         self._under_way: dict[int, Exchange] = {}  # between start and finish
         self.traffic: dict[Leg, Traffic] = {
@@ -95,7 +98,7 @@ class ExpertParallelDispatcher:
         return rows
 
     def _out(self, route: Route, rows: Tensor, leg: Leg) -> Out:
-        encoding: Encoding = Plain()
+        encoding = Fp8(rows.shape[1], rows.dtype) if self._fp8 else Plain()
         return Out(route, self._path.links, encoding, self.traffic[leg])
 
     def _start(self, exchange: Exchange, state: State, rows: Tensor, *values: Tensor) -> State:
