@@ -161,3 +161,28 @@ def test_state_of_any_layout_is_read_to_the_bit_in_any_other(tmp_path: Path) -> 
         load_state(tmp_path / f"stepped/step-{step:08d}", other.tensors)
         for (name, ours), (_, theirs) in zip(run.named(), other.named(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def write_and_read_strided(root: Path, whole: Tensor) -> tuple[str, bool]:
+    """Let FSDP shard the dim that is spread over ranks already: placements that name the axes in the other order."""
+    dist.init_process_group("gloo")
+    group = dist.new_group(backend="gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep"))
+    module = nn.Module()
+    part = whole.chunk(2)[mesh["ep"].get_local_rank()].clone()
+    module.weight = nn.Parameter(DTensor.from_local(part, mesh["ep"], [Shard(0)], shape=whole.shape, stride=(3, 1)))
+    fully_shard(module, mesh=mesh["edp"])
+    tensors = module.state_dict()
+    path = save_state(root, 1, tensors, {}, keep=1, group=group)
+    tensors["weight"].zero_()
+    load_state(path, tensors, group=group)
+    return str(tensors["weight"].placements), torch.equal(tensors["weight"].full_tensor(), whole)
+
+
+def test_state_of_a_dim_that_is_sharded_twice_is_read_to_the_bit(tmp_path: Path) -> None:
+    whole = torch.randn(10, 3)  # 5 rows for each of ep, of which FSDP makes 3 and 2
+    results = run_ranks(4, write_and_read_strided, tmp_path, whole)
+    assert results == [("(_StridedShard(dim=0, sf=2), Shard(dim=0))", True)] * 4
+    target = {"weight": torch.zeros(10, 3)}
+    load_state(tmp_path / "step-00000001", target)
+    assert torch.equal(target["weight"], whole)

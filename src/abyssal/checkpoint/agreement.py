@@ -31,8 +31,8 @@ class _Fault:
     sentence: str
 
 
-class Ranks:
-    """The ranks that share a training state; without a group, this process alone.
+class Agreement:
+    """What the ranks that share a training state agree on; without a group, this process alone.
 
     Messages go to and from the first rank only, each over a connection of its own. A dead rank is thus known by its
     number, at once; a collective would say that a connection broke, and leave most ranks waiting.
