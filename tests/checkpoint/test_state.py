@@ -6,12 +6,14 @@ import os
 import pickle
 import re
 import resource
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from abyssal.checkpoint import checksums, joint_write
 from abyssal.checkpoint.pieces import leaves
@@ -74,6 +76,22 @@ def test_a_state_is_loaded_in_place_to_the_bit(saved):
 def test_equal_states_are_equal_files(saved, tmp_path):
     again = save_state(tmp_path / "again", 3, tensors(), PROGRESS, keep=1)
     assert (again / "checksums.json").read_bytes() == (saved / "checksums.json").read_bytes()
+
+
+def test_state_of_one_process_is_what_dcp_itself_writes(saved, tmp_path):
+    """So states written before several ranks could write one are read, and are the same files."""
+    theirs = tmp_path / "theirs/step-00000003"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        save(tensors(), storage_writer=joint_write.Writer(theirs), no_dist=True)
+    (theirs / "progress.json").write_text(json.dumps(PROGRESS, indent=1) + "\n")
+    rewrite_checksums(theirs)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == {
+        file.name: file.read_bytes() for file in theirs.iterdir()
+    }
+    target = tensors(seed=1)
+    assert load_state(theirs, target) == PROGRESS
+    assert equal(target, tensors())
 
 
 @pytest.mark.parametrize("fused", [False, True])

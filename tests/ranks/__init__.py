@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,11 +15,18 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "abyssal.cli.main"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_s: float = 300.0,
+    dying: Collection[int] = (),
+) -> list[Any]:
     """Return what `function(*arguments)` returns on each rank of a gloo group of `world_size` ranks, in their order.
 
     `function` is a module's own; torchrun's variables are set (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT), and no process group exists yet when it is called.
+    MASTER_ADDR, MASTER_PORT), and no process group exists yet when it is called. Ranks in `dying` are killed by
+    what they run; they return none.
 
     Raises:
         AssertionError: a rank raised or died; holds its traceback.
@@ -44,7 +51,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             try:
                 fine, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                fine, value = False, "died"
+                fine, value = (True, None) if rank in dying else (False, "died")
             if not fine:
                 faults.append(f"rank {rank}: {value}")
                 break

@@ -18,9 +18,10 @@ from abyssal.errors import AbyssalError, CheckpointError
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: How long the first rank waits for what another has to say; the others wait for its answer twice as long, so that it
-#: is the one to notice who is silent.
+#: How long the first rank waits for what another has to say; the others wait for its answer twice as long, since it is
+#: the one that can tell who is silent.
 TIMEOUT_S = 1800.0
+WAY_OUT = "resume from the newest training state"
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class _Fault:
     sentence: str
 
 
-class Ranks:
-    """The ranks that share a training state; without a group, this process alone.
+class Agreement:
+    """What the ranks that share a training state agree on; without a group, this process alone.
 
     Messages go to and from the first rank only, each over a connection of its own. A dead rank is thus known by its
     number, at once; a collective would say that a connection broke, and leave most ranks waiting.
@@ -101,13 +102,20 @@ class Ranks:
     # Messages
 
     def _hear(self) -> list[Any]:
-        """Return what each other rank says; a fault in place of one that is gone or silent."""
-        deadline, messages = time.monotonic() + TIMEOUT_S, []
+        """Return what each other rank says; a fault in place of one that is gone.
+
+        One that is silent ends it: gloo then breaks every connection of the group, and the others learn no more than
+        that of rank 0 did.
+        """
+        deadline, messages = time.monotonic() + TIMEOUT_S, list[Any]()
         for rank in range(1, self.size):
             try:  # a message that waits already takes less than the second that is always left for it
                 messages.append(self._receive(rank, max(deadline - time.monotonic(), 1.0)))
             except RuntimeError as error:
-                messages.append(self._lost(rank, error))
+                if "Timed out" in str(error):
+                    return [_Lost(f"{self.name(rank)}: gives no answer; {WAY_OUT}")] * (self.size - 1)
+                why = "its process ended, or the connection to it broke"
+                messages.append(_Lost(f"{self.name(rank)}: {why}; {WAY_OUT}"))
         return messages
 
     def _answer(self, answers: Sequence[Any], messages: Sequence[Any]) -> None:
@@ -118,22 +126,24 @@ class Ranks:
         for rank, (answer, message) in enumerate(zip(answers, messages, strict=True)):
             if rank > 0 and not isinstance(message, _Lost):
                 with suppress(RuntimeError):
-                    self._send(rank, answer)
+                    self._send(rank, answer, TIMEOUT_S)
 
     def _ask(self, message: Any) -> Any:
         """Say something to the first rank and return its answer."""
         try:
-            self._send(0, message)
+            self._send(0, message, 2 * TIMEOUT_S)
             return self._receive(0, 2 * TIMEOUT_S)
-        except RuntimeError as error:
-            return self._lost(0, error)
+        except RuntimeError:
+            why = "its process ended, or it gave up waiting for another rank"
+            return _Lost(f"{self.name(0)}: {why}; {WAY_OUT}")
 
-    def _send(self, rank: int, message: Any) -> None:
+    def _send(self, rank: int, message: Any, seconds: float) -> None:
+        """Send a message; ends when it is received."""
         data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
         for part in (torch.tensor([len(data)]), data):
             work = dist.isend(part, group=self.group, group_dst=rank)
             assert work is not None
-            work.wait(timedelta(seconds=TIMEOUT_S))
+            work.wait(timedelta(seconds=seconds))
 
     def _receive(self, rank: int, seconds: float) -> Any:
         """Return a message of one of our own ranks, which is trusted as this process is."""
@@ -154,18 +164,13 @@ class Ranks:
         known = isinstance(error, AbyssalError)
         return _Fault(f"{self.name(self.rank)}: {error if known else first_line(error)}")
 
-    def _lost(self, rank: int, error: RuntimeError) -> _Lost:
-        silent = "Timed out" in str(error)
-        what = "gives no answer" if silent else "its process ended, or the connection to it broke"
-        return _Lost(f"{self.name(rank)}: {what}; resume from the newest training state")
-
 
 class _Lost(_Fault):
     """Said about a rank, not by it."""
 
 
 def _joined(faults: Sequence[_Fault]) -> _Fault:
-    more = len(faults) - 1
+    more = len(set(faults)) - 1
     return _Fault(faults[0].sentence + (f" (and {more} more rank{'s' * (more > 1)})" if more else ""))
 
 

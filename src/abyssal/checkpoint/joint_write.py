@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from abyssal.checkpoint.agreement import Ranks
+from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.atomic import atomic_directory, free_space_check, os_faults, remove_stale
 from abyssal.checkpoint.checksums import CHECKSUMS, METADATA, PROGRESS, render, sha256
 from abyssal.checkpoint.pieces import Piece, WritePlanner, dcp_faults
@@ -46,7 +46,7 @@ class JointWrite:
     there is the whole state or none, and the next write removes what was left of it.
     """
 
-    def __init__(self, ranks: Ranks, target: Path, held: Mapping[str, Piece], progress: str) -> None:
+    def __init__(self, ranks: Agreement, target: Path, held: Mapping[str, Piece], progress: str) -> None:
         """Prepare to write to `target` what this rank holds, and the text of the progress."""
         self.ranks, self.target, self.progress = ranks, target, progress
         self.planner = WritePlanner(held)
