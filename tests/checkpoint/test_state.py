@@ -13,12 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abyssal.checkpoint import state
+from abyssal.checkpoint import checksums, joint_write
+from abyssal.checkpoint.pieces import leaves
 from abyssal.checkpoint.state import (
     adamw_tensors,
     check_state,
     latest_state,
-    leaves,
     load_state,
     read_progress,
     save_state,
@@ -51,8 +51,8 @@ def equal(first: dict, second: dict) -> bool:
 
 def rewrite_checksums(path: Path) -> None:
     """Make the checksums right again, as whoever changes a file on purpose can."""
-    sums = {file.name: state.sha256(file) for file in path.iterdir() if file.name != "checksums.json"}
-    (path / "checksums.json").write_text(state._render(sums), encoding="utf-8")
+    sums = {file.name: checksums.sha256(file) for file in path.iterdir() if file.name != "checksums.json"}
+    (path / "checksums.json").write_text(checksums.render(sums), encoding="utf-8")
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_a_full_disk_inside_dcp_becomes_a_sentence(saved, monkeypatch, where):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(state._Writer, where, full)
+    monkeypatch.setattr(joint_write.Writer, where, full)
     with pytest.raises(CheckpointError, match=r"step-00000004: .*\(No space left on device; free some space"):
         save_state(saved.parent, 4, tensors(), PROGRESS, keep=1)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -269,7 +269,7 @@ def test_ctrl_c_inside_dcp_stays_ctrl_c(saved, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(state._Writer, "write_data", interrupted)
+    monkeypatch.setattr(joint_write.Writer, "write_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_state(saved.parent, 4, tensors(), PROGRESS, keep=1)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -366,6 +366,6 @@ def test_code_among_the_tensors_is_not_run(saved, tmp_path):
 
 def test_checksums_of_files_elsewhere_are_refused(saved):
     sums = json.loads((saved / "checksums.json").read_text())["files"]
-    (saved / "checksums.json").write_text(state._render({**sums, "../other": "0" * 64}))
+    (saved / "checksums.json").write_text(checksums.render({**sums, "../other": "0" * 64}))
     with pytest.raises(CheckpointError, match=r"checksums\.json: damaged"):
         check_state(saved)

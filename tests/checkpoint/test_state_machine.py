@@ -19,10 +19,10 @@ from abyssal.errors import CheckpointError
 STEPS = st.integers(1, 40)
 #: Where a save can fail: before DCP, inside, after it, and at the rename.
 POINTS = (
-    "abyssal.checkpoint.state.free_space_check",
-    "abyssal.checkpoint.state._Writer.write_data",
-    "abyssal.checkpoint.state._Writer.finish",
-    "abyssal.checkpoint.state.sha256",
+    "abyssal.checkpoint.joint_write.free_space_check",
+    "abyssal.checkpoint.joint_write.Writer.write_data",
+    "abyssal.checkpoint.joint_write.Writer.finish",
+    "abyssal.checkpoint.joint_write.sha256",
     "abyssal.checkpoint.atomic.flush_tree",
     "abyssal.checkpoint.atomic._put",
 )

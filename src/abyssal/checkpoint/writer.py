@@ -8,9 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
+import torch.distributed as dist
 
-from abyssal.checkpoint.state import save_state
+from abyssal.checkpoint.agreement import Ranks
+from abyssal.checkpoint.pieces import Piece, pieces
+from abyssal.checkpoint.state import write_pieces
 
 
 class StateWriter:
@@ -18,11 +20,21 @@ class StateWriter:
 
     A write that failed is told at the next call, whichever it is; the states before it are untouched. Leaving the
     context waits for the write that is under way.
+
+    With a group, every method, the first and the last included, is for all its ranks to call in the same order.
+    A write fails on all of them or on none, so they learn of it at the same call and none goes on alone. The threads
+    speak over a group of their own: what they say never meets what the training does meanwhile.
     """
 
-    def __init__(self, root: Path, *, keep: int, keep_multiples_of: int = 0) -> None:
-        """Write under `root`; for the others see `save_state`."""
-        self.root, self.keep, self.keep_multiples_of = root, keep, keep_multiples_of
+    def __init__(
+        self, root: Path, *, keep: int, keep_multiples_of: int = 0, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Write under `root`; for the others see `save_state`. `group` itself is used in the calling thread only."""
+        self.root, self.keep, self.keep_multiples_of, self.group = root, keep, keep_multiples_of, group
+        self._threads_group: dist.ProcessGroup | None = None
+        if group is not None:
+            ranks = dist.get_process_group_ranks(group)
+            self._threads_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -40,15 +52,18 @@ class StateWriter:
             if error is None:
                 raise
             error.add_note(f"and the last training state was not written: {fault}")
+        finally:
+            if self._threads_group is not None:
+                dist.destroy_process_group(self._threads_group)
 
     def save(self, step: int, tensors: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-        """Copy the tensors and begin to write them; a write under way is waited for first.
+        """Copy what this rank holds of the tensors and begin to write it; a write under way is waited for first.
 
         Raises:
             CheckpointError: an earlier write failed.
         """
         self.wait()
-        copy = _copy(tensors)
+        copy = pieces(tensors, copy=True)
         self._thread = threading.Thread(target=self._write, args=(step, copy, dict(progress)), name="state-writer")
         self._thread.start()
 
@@ -59,15 +74,18 @@ class StateWriter:
             CheckpointError: the disk refused.
         """
         self.wait()
-        return (self.root / f"step-{step:08d}").exists()
+        return Ranks(self.group).first(lambda: (self.root / f"step-{step:08d}").exists())
 
     def check(self) -> None:
-        """Raise what a finished write met, without waiting for one that is under way.
+        """Raise what a finished write met, without waiting for one that is under way; finished is what all ranks have.
+
+        With a group it costs a message to the first rank and one back, while a write is under way, nothing otherwise.
 
         Raises:
             CheckpointError: the disk refused.
         """
-        if self._thread is None or not self._thread.is_alive():
+        thread = self._thread
+        if thread is not None and Ranks(self.group).agree(lambda: not thread.is_alive(), all):
             self.wait()
 
     def wait(self) -> None:
@@ -83,16 +101,9 @@ class StateWriter:
         if error is not None:
             raise error
 
-    def _write(self, step: int, tensors: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+    def _write(self, step: int, held: Mapping[str, Piece], progress: Mapping[str, Any]) -> None:
+        keep, multiples, group = self.keep, self.keep_multiples_of, self._threads_group
         try:
-            save_state(self.root, step, tensors, progress, keep=self.keep, keep_multiples_of=self.keep_multiples_of)
+            write_pieces(self.root, step, held, progress, keep, keep_multiples_of=multiples, group=group)
         except BaseException as error:  # raised again in the main thread, whatever it is
             self._error = error
-
-
-def _copy(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested dicts with a copy of every tensor, on the CPU and out of the way of the next step."""
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else _copy(value)
-        for name, value in tensors.items()
-    }

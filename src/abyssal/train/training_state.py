@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.atomic import os_faults, remove_directory
-from abyssal.checkpoint.state import leaves, load_state, states
+from abyssal.checkpoint.pieces import leaves
+from abyssal.checkpoint.state import load_state, remove_state, states
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
-from abyssal.errors import CheckpointError, TrainingError
+from abyssal.errors import TrainingError
 from abyssal.train.average import WeightAverage
 from abyssal.train.guard import Guard
 from abyssal.train.optimizer import build_optimizer
@@ -104,8 +104,7 @@ class TrainingState:
         for path in reversed(found):
             if path == target:
                 break
-            with os_faults(CheckpointError, path, "remove this later training state"):
-                remove_directory(path)
+            remove_state(path)
         self.restore(target)
         next_sequence = self.next_batch(loader).ranges[0][0]
         self.guard = trouble.rolled_back(self.guard, self.progress.step, next_sequence)
