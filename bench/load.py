@@ -74,7 +74,7 @@ def write_directory(folder: Path) -> int:
     write_model_directory(
         folder,
         CONFIG,
-        ((spec.name, tensor(spec.shape)) for spec in specs),
+        {spec.name: tensor(spec.shape) for spec in specs},
         dtype=torch.bfloat16,
         tokenizer_files=tokenizer_files,
         card="Random numbers.\n",

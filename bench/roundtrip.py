@@ -114,7 +114,7 @@ def write_ours(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], ma
     write_model_directory(
         folder,
         config,
-        tensors.items(),
+        tensors,
         dtype=torch.float32,
         tokenizer_files=tokenizer,
         card="",

@@ -80,7 +80,7 @@ def write_model(folder: Path) -> None:
         tokenizer.save(staging / "tokenizer.json")
         write_tokenizer_config(staging, tokenizer, POSITIONS)
 
-    weights = initialise(Transformer(config), 5).state_dict().items()
+    weights = initialise(Transformer(config), 5).state_dict()
     write_model_directory(
         folder, config, weights, dtype=torch.float32, tokenizer_files=tokenizer_files, card="Random.\n", generation=None
     )

@@ -70,7 +70,7 @@ def model_folder(tmp_path: Path, tiny_config: ModelConfig) -> Path:
     write_model_directory(
         tmp_path / "model",
         config,
-        initialise(Transformer(config), 5).state_dict().items(),
+        initialise(Transformer(config), 5).state_dict(),
         dtype=torch.float32,
         tokenizer_files=tokenizer_files,
         card="A model of random numbers.\n",

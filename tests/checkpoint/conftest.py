@@ -101,7 +101,7 @@ def write(tmp_path, tokenizer_folder):
 
     def write(config, tensors, **options) -> Path:
         options = {"dtype": torch.float32, "tokenizer_files": tokenizer_folder, "card": "# Card\n", **options}
-        write_model_directory(tmp_path / "model", config, tensors.items(), **options)
+        write_model_directory(tmp_path / "model", config, tensors, **options)
         return tmp_path / "model"
 
     return write

@@ -36,7 +36,7 @@ def write(folder: Path, config: ModelConfig, dtype: torch.dtype, **options: int)
         tokenizer.save(staging / "tokenizer.json")
         write_tokenizer_config(staging, tokenizer)
 
-    tensors = initialise(Transformer(config), 5).state_dict().items()
+    tensors = initialise(Transformer(config), 5).state_dict()
     write_model_directory(folder, config, tensors, dtype=dtype, tokenizer_files=tokenizer_files, card="x", **options)
     held: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):

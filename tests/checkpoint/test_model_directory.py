@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -196,17 +197,18 @@ def test_a_directory_of_ours_is_replaced(write, tiny, random_tensors, tmp_path):
 def test_a_directory_of_ours_stays_when_its_replacement_fails(written, write, tiny, random_tensors, monkeypatch):
     before = {file.name: file.read_bytes() for file in written.iterdir()}
 
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    class FullDisk(FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("abyssal.checkpoint.safetensors_files.save_file", full)
+    monkeypatch.setattr("abyssal.checkpoint.write_weights.FileIO", FullDisk)
     with pytest.raises(ModelDirectoryError, match=r"cannot write the model directory \(No space left on device; free"):
         write(tiny(), random_tensors(tiny(), seed=1))
     assert {file.name: file.read_bytes() for file in written.iterdir()} == before
     assert names(written.parent) == ["model", "tokenizer"]
 
 
-def test_safetensors_own_fault_of_a_disk_becomes_a_sentence(write, tiny, random_tensors, tmp_path):
+def test_a_limit_on_the_size_of_files_becomes_a_sentence(write, tiny, random_tensors, tmp_path):
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     config = tiny(vocab_size=8000)

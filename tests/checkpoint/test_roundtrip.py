@@ -82,7 +82,7 @@ def test_a_directory_with_the_released_tokenizer_and_template_opens_in_both(
     write_model_directory(
         folder,
         config,
-        random_tensors(config).items(),
+        random_tensors(config),
         dtype=torch.float32,
         tokenizer_files=RELEASED_TOKENIZER,
         card="",

@@ -14,29 +14,7 @@ from abyssal.checkpoint.shards import fill_initial, local_shard
 from abyssal.config import ModelConfig
 from abyssal.model import Transformer, initialise
 from ranks import run_ranks
-from ranks.spread import LAYOUTS, spread
-
-#: Over four ranks rows end in shards that are shorter (97, 33) or empty (9 and 6); experts need dims that divide.
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 20,
-    "intermediate_size": 33,
-    "moe_intermediate_size": 14,
-    "num_hidden_layers": 2,
-    "num_nextn_predict_layers": 1,
-    "num_attention_heads": 3,
-    "q_lora_rank": 9,
-    "kv_lora_rank": 6,
-    "qk_nope_head_dim": 7,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 5,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
+from ranks.spread import LAYOUTS, SHAPE, spread
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def model_directory(
         write_model_directory(
             tmp_path / "model",
             config,
-            model.state_dict().items(),
+            model.state_dict(),
             dtype=dtype,
             tokenizer_files=tokenizer_files,
             card="A model of random numbers.\n",

@@ -64,7 +64,7 @@ def write_random_model(path: Path, config: ModelConfig, seed: int, tokenizer: Pa
     write_model_directory(
         path,
         config,
-        random_tensors(config, seed).items(),
+        random_tensors(config, seed),
         dtype=torch.float32,
         tokenizer_files=tokenizer or tokenizer_files,
         card="A model of random numbers.\n",

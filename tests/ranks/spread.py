@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,6 +21,28 @@ LAYOUTS = {
     "ep 4": (1, 1, 4),
     "dp_replicate 2 x edp 2": (2, 2, 1),
     "dp_replicate 2 x ep 2": (2, 1, 2),
+}
+
+#: Over four ranks rows end in shards that are shorter (97, 33) or empty (9 and 6); experts need dims that divide.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 20,
+    "intermediate_size": 33,
+    "moe_intermediate_size": 14,
+    "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 3,
+    "q_lora_rank": 9,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
 }
 
 

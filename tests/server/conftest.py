@@ -61,7 +61,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_tokenizer_config(staging, tokenizer, POSITIONS)
 
     folder = tmp_path_factory.mktemp("served") / "model"
-    weights = initialise(Transformer(config), 5).state_dict().items()
+    weights = initialise(Transformer(config), 5).state_dict()
     card = "A model of random numbers.\n"
     write_model_directory(
         folder, config, weights, dtype=torch.float32, tokenizer_files=tokenizer_files, card=card, generation=None

@@ -6,9 +6,7 @@ read into the destination. Each tensor is looked at for values that are not fini
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,10 +16,9 @@ import torch
 
 from abyssal.checkpoint.atomic import os_faults
 from abyssal.checkpoint.fit import is_finite
-from abyssal.checkpoint.safetensors_files import Header
+from abyssal.checkpoint.safetensors_files import DTYPES, Header, value_offsets
 from abyssal.errors import ModelDirectoryError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: Bytes that one thread reads before another may take over.
 CHUNK_BYTES = 2**22
 
@@ -45,8 +42,8 @@ def read_into(places: Mapping[str, torch.Tensor], headers: Mapping[str, Header],
         offsets, descriptors = {}, {}
         for file in files:
             with os_faults(ModelDirectoryError, file, "read the weights"):
-                opened = stack.enter_context(file.open("rb", buffering=0))
-                descriptors[file], offsets[file] = opened.fileno(), _offsets(opened.fileno())
+                opened = stack.enter_context(file.open("rb"))
+                descriptors[file], offsets[file] = opened.fileno(), value_offsets(opened)
 
         def fill(name: str) -> str | None:
             file = headers[name].file
@@ -54,13 +51,6 @@ def read_into(places: Mapping[str, torch.Tensor], headers: Mapping[str, Header],
 
         ordered = sorted(places, key=lambda name: (headers[name].file, offsets[headers[name].file][name]))
         return [name for name in pool.map(fill, ordered) if name is not None]
-
-
-def _offsets(descriptor: int) -> dict[str, int]:
-    """Return where in a safetensors file each tensor begins; the header was compared with the file before."""
-    (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
-    entries = json.loads(os.pread(descriptor, length, 8))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
 
 
 def _fill(place: torch.Tensor, descriptor: int, offset: int, file: Path) -> bool:

@@ -10,7 +10,7 @@ import torch
 from abyssal.checkpoint.layout import HEAD, SCALE_SUFFIX, TensorSpec, fold, layer_of, scales_of, split_shapes
 from abyssal.checkpoint.safetensors_files import FP8, READABLE, SCALES, Header, printable
 from abyssal.config import ModelConfig
-from abyssal.ops.block_fp8 import FP8_MAX
+from abyssal.ops.block_fp8 import FP8_MAX, scale_rows
 
 
 @dataclass(slots=True)
@@ -44,12 +44,23 @@ class Fit:
         }
         return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
 
-    def read_values(self, get: Callable[[str], torch.Tensor]) -> None:
-        """Read the values of everything held and note what is not finite; `get` gives a tensor as it is in its file."""
+    def read_values(
+        self, get: Callable[[str], torch.Tensor], rows: Mapping[str, tuple[int, int]] | None = None
+    ) -> None:
+        """Read the values of everything held and note what is not finite; `get` gives a tensor as it is in its file.
+
+        With `rows`, (from, to) by released name, nothing else of the weights is read, and of their scales what goes
+        with it.
+        """
         self.not_finite = []
         for name in self.parts:
+            weight, is_scale = name.removesuffix(SCALE_SUFFIX), name.endswith(SCALE_SUFFIX)
+            if rows is not None and weight not in rows:
+                continue
             tensor = get(name)
-            if name.endswith(SCALE_SUFFIX):  # a scale so large that the largest weight would overflow is none
+            if rows is not None:
+                tensor = tensor[scale_rows(*rows[weight]) if is_scale else slice(*rows[weight])]
+            if is_scale:  # one so large that the largest weight would overflow is none
                 tensor = tensor.to(torch.float32) * FP8_MAX
             if not is_finite(tensor):
                 self.not_finite.append(name)

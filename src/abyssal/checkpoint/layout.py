@@ -6,7 +6,7 @@ Shapes: D hidden, E routed experts, F expert width.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -134,13 +134,32 @@ def split_experts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
     Of `gate_up_proj` [E, 2F, D] the first F rows are the gate and the last F the up projection, [F, D] each; of
     `down_proj` [E, D, F] each expert is [D, F].
     """
-    if name.endswith(GATE_UP):
-        parts = [half for expert in tensor for half in expert.chunk(2, dim=0)]  # [F, D]
-    elif name.endswith(DOWN):
-        parts = list(tensor)  # [D, F]
-    else:
-        parts = [tensor]
-    yield from zip(split_names(name, len(tensor) if is_experts(name) else 1), parts, strict=True)
+    yield from ((released, rows) for released, _, rows in split_shard(name, tensor.shape, tensor, (0,) * tensor.dim()))
+
+
+def split_shard(
+    name: str, shape: Sequence[int], shard: torch.Tensor, begin: Sequence[int]
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Yield (released name, first row, view of rows) for what a shard of an in-memory tensor holds.
+
+    Args:
+        name: of the tensor in memory.
+        shape: of the whole.
+        shard: some experts and some of their rows, or some rows; rows are whole. It may be empty.
+        begin: where in the whole it begins, along each dim.
+    """
+    assert shard.dim() < 2 or shard.shape[-1] == shape[-1], f"{name}: a row of {list(shape)} is split"
+    if not is_experts(name):
+        yield name, begin[0], shard
+        return
+    parts = 2 if name.endswith(GATE_UP) else 1  # released tensors above one another in each matrix of the stack
+    names, rows = split_names(name, shape[0]), shape[1] // parts
+    for expert, matrix in enumerate(shard, begin[0]):
+        for part in range(parts):  # the rows part * rows .. (part + 1) * rows of the whole matrix
+            first = max(begin[1] - part * rows, 0)
+            own = matrix[max(part * rows - begin[1], 0) : max((part + 1) * rows - begin[1], 0)]
+            if len(own):
+                yield names[parts * expert + part], first, own
 
 
 def join_experts(name: str, num_experts: int, part: Callable[[str], torch.Tensor]) -> torch.Tensor:

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
-from abyssal.checkpoint.atomic import atomic_directory, free_space_check, os_faults, remove_stale
-from abyssal.checkpoint.fit import Fit, compare, is_finite
+from abyssal.checkpoint.agreement import Ranks
+from abyssal.checkpoint.atomic import atomic_directory, free_space_check, remove_stale
+from abyssal.checkpoint.file_plan import write_json
+from abyssal.checkpoint.fit import Fit, compare
+from abyssal.checkpoint.joint_export import JointExport, model_directory_faults
 from abyssal.checkpoint.layout import (
     BIAS,
     HEAD,
     SCALE_SUFFIX,
-    fold,
     join_experts,
     memory_tensors,
-    mtp_copies,
-    split_experts,
     split_names,
-    stored_tensors,
+    split_shard,
 )
-from abyssal.checkpoint.safetensors_files import FP8, INDEX, SINGLE, Header, TensorFiles, read_headers, save
+from abyssal.checkpoint.safetensors_files import FP8, INDEX, SINGLE, Header, TensorFiles, read_headers
+from abyssal.checkpoint.shards import local_shard
+from abyssal.checkpoint.write_weights import plan_weights
 from abyssal.config import ModelConfig
 from abyssal.config.quantization import BlockFP8
-from abyssal.errors import CheckpointError, ConfigError, ModelDirectoryError
-from abyssal.ops.block_fp8 import dequantise_blocks, quantise_blocks
+from abyssal.errors import ConfigError, ModelDirectoryError
+from abyssal.ops.block_fp8 import BLOCK, dequantise_blocks, scale_rows
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -49,48 +54,62 @@ Tokenizer = Path | Callable[[Path], None]
 def write_model_directory(
     path: Path,
     config: ModelConfig,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Mapping[str, torch.Tensor],
     *,
     dtype: torch.dtype,
     tokenizer_files: Tokenizer,
     card: str,
     generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Write a model directory whole or not at all; one of ours that stands at `path` is replaced.
+
+    With a `group`, all its ranks call this together and see one file system. Each writes what it holds, the files are
+    the same to the byte however the model is spread, and either all return or all raise.
 
     Args:
         path: the directory to appear.
         config: the shape of the model.
-        tensors: (in-memory name, tensor) of the whole model, in any order, each once; about a file's worth is held.
+        tensors: the whole model by in-memory name, in any order: plain tensors, equal on all ranks that hold them, or
+            DTensors. Of a pipeline, a rank gives those of its stage.
         dtype: what the weights are written in; `e_score_correction_bias` stays fp32. With float8_e4m3fn, which weights
             are FP8 is as released (`is_quantised`), with scales beside them, and the others are bf16.
-        tokenizer_files: a folder with tokenizer.json and tokenizer_config.json, or what writes both into a folder.
+        tokenizer_files: a folder with tokenizer.json and tokenizer_config.json, or what writes both into a folder; the
+            first rank's, like `card` and `generation`.
         card: the text of README.md.
         generation: fields of generation_config.json beside the begin and end tokens.
         max_shard_bytes: the most bytes of tensors in one file; a single larger tensor gets a file of its own.
+        group: the ranks that hold the model, over a backend for the CPU; none for this process alone.
 
     Raises:
         ModelDirectoryError: the tensors are not those of `config` or not finite, a tokenizer file is missing, `path`
             holds something else, or the disk refused. What stood at `path` is untouched.
     """
-    _check_replaceable(path)
-    needed_bytes = sum(spec.numel * stored.itemsize for spec, stored in stored_tensors(config, dtype))
-    with os_faults(ModelDirectoryError, path, "write the model directory"):
+    ranks = Ranks(group)
+    if ranks.size > 1 and dtype == torch.float8_e4m3fn:
+        raise ModelDirectoryError(
+            f"{path}: blocks of FP8 weights lie across ranks, so one process writes them; write bfloat16 here, which "
+            "`abyssal convert` makes FP8"
+        )
+    files = plan_weights(config, dtype, max_shard_bytes)
+
+    @contextmanager
+    def staging() -> Iterator[Path]:
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, path.name)
-        try:
-            free_space_check(path, needed_bytes)
-        except CheckpointError as error:
-            raise ModelDirectoryError(str(error)) from None
-        with atomic_directory(path, replace=True) as staging:
-            _write_tokenizer(staging, tokenizer_files)
-            _write_json(staging / CONFIG, {**_config_fields(config, dtype), **PRODUCER})
+        free_space_check(path, sum(file.nbytes for file in files))
+        with atomic_directory(path, replace=True) as folder:
+            _write_tokenizer(folder, tokenizer_files)
+            write_json(folder / CONFIG, {**_config_fields(config, dtype), **PRODUCER})
             tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
             tokens = {key: value for key, value in tokens.items() if value is not None}
-            _write_json(staging / GENERATION, {**tokens, **(generation or {})})
-            (staging / CARD).write_text(card, encoding="utf-8")
-            _write_shards(staging, _released(path, config, tensors, dtype), max_shard_bytes)
+            write_json(folder / GENERATION, {**tokens, **(generation or {})})
+            (folder / CARD).write_text(card, encoding="utf-8")
+            yield folder
+
+    JointExport(path, config, files, tensors).run(ranks, staging)
 
 
 def read_model_directory(path: Path, *, needs_tokenizer: bool = True) -> tuple[ModelConfig, ModelReader]:
@@ -141,15 +160,29 @@ class ModelReader:
         """
         return join_experts(name, self.config.n_routed_experts, lambda part: self.part(part, torch.bfloat16))
 
-    def part(self, name: str, dequantised: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-        """Return one released tensor on `device`, none for the CPU; FP8 weights become `dequantised`.
+    def stored(self, name: str) -> torch.Tensor:
+        """Return one released tensor as it is in its file, whose memory it shares: do not write to it."""
+        return self._files.get(name)
 
-        Any other weight keeps the dtype of its file; on the CPU it shares the file's memory: do not write to it.
+    def part(
+        self,
+        name: str,
+        dequantised: torch.dtype,
+        device: torch.device | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Return one released tensor, or its rows from..to, on `device`, none for the CPU.
+
+        FP8 weights become `dequantised`. Any other weight keeps the dtype of its file; on the CPU it shares the file's
+        memory: do not write to it.
         """
-        tensor = self._files.get(name).to(device)
+        start, stop = rows or (0, self.headers[name].shape[0])
         if self.headers[name].dtype != FP8:
-            return tensor
-        return dequantise_blocks(tensor, self._files.get(name + SCALE_SUFFIX).to(device), dequantised)
+            return self.stored(name)[start:stop].to(device)
+        first = start // BLOCK * BLOCK  # whole rows of blocks
+        fp8 = self.stored(name)[first:stop].to(device)
+        scale = self.stored(name + SCALE_SUFFIX)[scale_rows(first, stop)].to(device)
+        return dequantise_blocks(fp8, scale, dequantised)[start - first :]
 
     def fit(
         self,
@@ -167,7 +200,7 @@ class ModelReader:
             shapes = {spec.name: spec.shape for spec in memory_tensors(self.config)}
         fit = compare(self.headers, self.config, shapes, allow_missing_mtp=allow_missing_mtp)
         if values:
-            fit.read_values(self._files.get)
+            fit.read_values(self.stored)
         return fit
 
     def check(
@@ -189,21 +222,36 @@ class ModelReader:
             ModelDirectoryError: names every tensor that is missing, surplus, of another shape or type, or not finite.
         """
         fit = self.fit(shapes, allow_missing_mtp=allow_missing_mtp, values=values)
-        if not fit.whole:
-            if not values:
-                fit.read_values(self._files.get)
-            raise ModelDirectoryError(f"{self.path}: the weights do not fit the model; {fit.report()}")
+        if not fit.whole and not values:
+            fit.read_values(self.stored)
+        self.refuse(fit)
         return fit.held
+
+    def refuse(self, fit: Fit) -> None:
+        """Raise what is wrong with the files, if anything is.
+
+        Raises:
+            ModelDirectoryError: names everything that `fit` names.
+        """
+        if not fit.whole:
+            raise ModelDirectoryError(f"{self.path}: the weights do not fit the model; {fit.report()}")
 
 
 def load_into(
-    model: nn.Module, reader: ModelReader, dtype: torch.dtype | None = None, *, allow_missing_mtp: bool = False
+    model: nn.Module,
+    reader: ModelReader,
+    dtype: torch.dtype | None = None,
+    *,
+    allow_missing_mtp: bool = False,
+    group: ProcessGroup | None = None,
 ) -> list[str]:
     """Copy a model directory's tensors into `model`, after all names, shapes, types and values have been looked at.
 
     With a `dtype` the parameters become that (`e_score_correction_bias` fp32), without one they keep theirs. A tensor
     of the model that is on the meta device or changes its dtype is replaced by a new one, others are filled in place,
-    experts one by one; FP8 weights are dequantised to what they become, on its device.
+    experts one by one; FP8 weights are dequantised to what they become, on its device. DTensors are filled in place,
+    each rank with what it holds; that is all that a rank reads. With a `group`, all its ranks call this together, and
+    either all return or all raise.
 
     Returns:
         The in-memory names that were loaded; without the MTP layers that `allow_missing_mtp` let pass.
@@ -216,18 +264,41 @@ def load_into(
     if reader.config.tie_word_embeddings:
         targets.pop(HEAD, None)
     shapes = {name: tuple(target.shape) for name, target in targets.items()}
-    held = reader.check(shapes, allow_missing_mtp=allow_missing_mtp, values=True)
-    with torch.no_grad():
-        for name in held:
-            target = targets[name]
-            wanted = target.dtype if dtype is None else torch.float32 if name.endswith(BIAS) else dtype
-            if target.is_meta or target.dtype != wanted:
-                target = torch.empty_like(target, dtype=wanted, device="cpu" if target.is_meta else target.device)
-            for part, view in split_experts(name, target):
-                view.copy_(reader.part(part, wanted, target.device))
-            if target is not targets[name]:
-                _replace(model, name, targets[name], target)
-    return held
+    fit = reader.fit(shapes, allow_missing_mtp=allow_missing_mtp)
+    ranks = Ranks(group)
+
+    def look() -> list[str]:
+        fit.read_values(reader.stored, _own_rows(targets))
+        return fit.not_finite
+
+    @torch.no_grad()
+    def fill() -> None:
+        for name in fit.held:
+            old = targets[name]
+            wanted = old.dtype if dtype is None else torch.float32 if name.endswith(BIAS) else dtype
+            new = old
+            if old.is_meta or old.dtype != wanted:
+                new = torch.empty_like(old, dtype=wanted, device="cpu" if old.is_meta else old.device)
+            for part, first, view in split_shard(name, new.shape, *local_shard(new)):
+                view.copy_(reader.part(part, wanted, new.device, (first, first + len(view))))
+            if new is not old:
+                _replace(model, name, old, new)
+
+    with model_directory_faults():
+        found: set[str] = ranks.agree(look, lambda names: set(chain.from_iterable(names)))
+        fit.not_finite = [name for name in fit.parts if name in found]
+        reader.refuse(fit)
+        ranks.together(fill)
+    return fit.held
+
+
+def _own_rows(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Return which rows of each released tensor this rank holds, from..to."""
+    return {
+        part: (first, first + len(rows))
+        for name, tensor in tensors.items()
+        for part, first, rows in split_shard(name, tensor.shape, *local_shard(tensor))
+    }
 
 
 def _replace(model: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
@@ -284,77 +355,3 @@ def _config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     if dtype == torch.float8_e4m3fn:
         return {**config.to_hf("bfloat16"), "quantization_config": BlockFP8().to_hf()}
     return config.to_hf(str(dtype).removeprefix("torch."))
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _released(
-    path: Path, config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (released name, tensor to write) for a whole model; refuse one that is not whole.
-
-    Raises:
-        ModelDirectoryError: a tensor is unknown, given twice or of another shape, or, at the end, missing or not
-            finite.
-    """
-    missing = {spec.name: spec.shape for spec in memory_tensors(config)}
-    stored = {spec.name: stored for spec, stored in stored_tensors(config, dtype)}
-    not_finite = []
-    for name, tensor in tensors:
-        if name not in missing:
-            raise ModelDirectoryError(f"{path}: {name}: not a tensor of this model, or given twice")
-        if tuple(tensor.shape) != (shape := missing.pop(name)):
-            raise ModelDirectoryError(f"{path}: {name} is {list(tensor.shape)} instead of {list(shape)}")
-        for released, part in split_experts(name, tensor.detach()):
-            for stored_name, value in _encode(released, part, stored[released]):
-                if not is_finite(value):
-                    not_finite.append(stored_name)
-                yield stored_name, value
-                # a file's tensors may not share memory
-                copies = mtp_copies(name, config)
-                yield from ((copy, value.clone()) for copy in copies)
-    if missing:
-        raise ModelDirectoryError(f"{path}: the model to write lacks {', '.join(fold(missing))}")
-    if not_finite:
-        raise ModelDirectoryError(f"{path}: the model to write is not finite in {', '.join(fold(not_finite))}")
-
-
-def _encode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a released weight in `dtype` on the CPU and, if that is FP8, its scales."""
-    if dtype == torch.float8_e4m3fn:
-        fp8, scale = quantise_blocks(tensor)
-        yield name, fp8.cpu()
-        yield name + SCALE_SUFFIX, scale.cpu()
-    else:
-        yield name, tensor.to("cpu", dtype).contiguous()
-
-
-def _write_shards(staging: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:
-    """Write the tensors into as few files as `max_bytes` allows, with an index if there are several."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    held = total = 0
-
-    def write() -> None:
-        save(pending, staging / f"{len(shards)}.part")
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and held + tensor.nbytes > max_bytes:
-            write()
-            held = 0
-        pending[name] = tensor
-        held, total = held + tensor.nbytes, total + tensor.nbytes
-    write()
-    if len(shards) == 1:
-        (staging / "0.part").rename(staging / SINGLE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (staging / f"{number}.part").rename(staging / file)
-        weight_map.update(dict.fromkeys(names, file))
-    _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

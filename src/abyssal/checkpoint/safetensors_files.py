@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from abyssal.checkpoint.atomic import os_faults
 from abyssal.errors import ModelDirectoryError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: Types of weights in safetensors' letters; FP8 has scales beside it, `SCALES` are theirs.
+#: Types in safetensors' letters.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+#: Types of weights; FP8 has scales beside it, `SCALES` are theirs.
 READABLE = ("F64", "F32", "BF16", "F16", "F8_E4M3")
 FP8 = "F8_E4M3"
 SCALES = ("F32", "BF16", "F8_E8M0")
@@ -80,18 +87,16 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write one file, with our mark in its header.
+def value_offsets(stream: BinaryIO) -> dict[str, int]:
+    """Return where in a safetensors file, open at its beginning, the values of each tensor begin.
 
-    Raises:
-        OSError: the disk refused.
+    The header was looked at before.
     """
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # the library wraps the system's faults into words
-        if found := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-        raise
+    (length,) = struct.unpack("<Q", stream.read(8))
+    entries = json.loads(stream.read(length))
+    return {
+        name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items() if name != "__metadata__"
+    }
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import tomli_w
 import torch
+from torch.distributed import ProcessGroup
 
 from abyssal.checkpoint.model_directory import write_model_directory
 from abyssal.config import RunConfig
@@ -23,13 +24,21 @@ PLACES: Any = {"init_from": True, "tokenizer": {"path"}, "data": {"corpus", "sou
 
 
 def export_model(
-    path: Path, model: Transformer, config: RunConfig, progress: Progress, *, tokenizer: Path, score: Score | None
+    path: Path,
+    model: Transformer,
+    config: RunConfig,
+    progress: Progress,
+    *,
+    tokenizer: Path,
+    score: Score | None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Write the weights, in the run's compute dtype, as a Hugging Face `deepseek_v3` directory.
 
     Args:
         tokenizer: the folder whose tokenizer goes along.
         score: the last validation, for the model card.
+        group: the ranks that hold the model and call this together; none for this process alone.
     """
 
     def write_tokenizer(folder: Path) -> None:
@@ -40,10 +49,11 @@ def export_model(
     write_model_directory(
         path,
         config.model,
-        model.state_dict().items(),
+        model.state_dict(),
         dtype=dtype,
         tokenizer_files=write_tokenizer,
         card=model_card(config, progress, score),
+        group=group,
     )
 
 

@@ -6,9 +6,7 @@ sentence and not the end of the process, and memory does not grow with what was 
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -20,18 +18,8 @@ import torch
 from torch import Tensor
 
 from abyssal.checkpoint.atomic import os_faults
-from abyssal.checkpoint.safetensors_files import Header
+from abyssal.checkpoint.safetensors_files import DTYPES, Header, value_offsets
 from abyssal.errors import ModelDirectoryError
-
-#: safetensors' letters of what is read and written here.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +44,15 @@ def find_places(headers: Mapping[str, Header]) -> dict[str, Place]:
         ModelDirectoryError: a file changed since.
     """
     found: dict[str, Place] = {}
-    offsets = {file: _offsets(file) for file in _unique(header.file for header in headers.values())}
+    offsets = {}
+    for file in dict.fromkeys(header.file for header in headers.values()):
+        with os_faults(ModelDirectoryError, file, "read the weights"), file.open("rb") as stream:
+            offsets[file] = value_offsets(stream)
     for name, header in headers.items():
         if name not in offsets[header.file]:
             raise ModelDirectoryError(f"{header.file}: changed while it was read; begin again")
         found[name] = Place(header.file, header.dtype, header.shape, offsets[header.file][name])
     return found
-
-
-def _unique(files: Iterable[Path]) -> Iterable[Path]:
-    return dict.fromkeys(files)
-
-
-def _offsets(file: Path) -> dict[str, int]:
-    """Return at which byte of the file each tensor begins."""
-    with os_faults(ModelDirectoryError, file, "read the weights"), file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        entries = json.loads(stream.read(length))
-    return {
-        name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items() if name != "__metadata__"
-    }
 
 
 class PlaceReader:

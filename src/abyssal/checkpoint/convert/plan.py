@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
-from abyssal.checkpoint.convert.places import DTYPES, Place
+from abyssal.checkpoint.convert.places import Place
+from abyssal.checkpoint.file_plan import PlannedFile, fill_files, stored_bytes
 from abyssal.checkpoint.layout import BIAS, SCALE_SUFFIX, is_quantised
-from abyssal.checkpoint.safetensors_files import FP8, SINGLE
+from abyssal.checkpoint.safetensors_files import DTYPES, FP8
 from abyssal.ops.block_fp8 import scale_shape
 
 Format = Literal["bf16", "fp8", "fp32"]
@@ -50,47 +48,12 @@ class Target:
     scale: Place | None
     is_scale: bool = False
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its values."""
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
-
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """One file of the output, its tensors in the order of their values."""
+class Shard(PlannedFile[Target]):
+    """One file of the output."""
 
-    name: str
-    targets: tuple[Target, ...]
     power_of_two: bool
-
-    def header(self) -> bytes:
-        """Return how the file begins: 8 bytes of length, then JSON that tells where each tensor stands.
-
-        The JSON is padded to a multiple of 8 bytes, as safetensors' own writer does.
-        """
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        begin = 0
-        for target in self.targets:
-            entries[target.name] = {
-                "dtype": target.dtype,
-                "shape": target.shape,
-                "data_offsets": [begin, begin + target.nbytes],
-            }
-            begin += target.nbytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
-
-    @property
-    def tensor_bytes(self) -> int:
-        """The bytes of its tensors."""
-        return sum(target.nbytes for target in self.targets)
-
-    @property
-    def nbytes(self) -> int:
-        """The length of the file."""
-        return len(self.header()) + self.tensor_bytes
 
 
 def plan_shards(
@@ -104,21 +67,10 @@ def plan_shards(
         given: where scales stand that are to be used again, by the names of the scales; they may be none.
         conversion: what was asked for.
     """
-    groups: list[list[Target]] = [[]]
-    held = 0
-    for name in names:
-        targets = _targets(name, places, given, conversion)
-        size = sum(target.nbytes for target in targets)
-        if groups[-1] and held + size > conversion.max_shard_bytes:
-            groups.append([])
-            held = 0
-        groups[-1] += targets
-        held += size
-    count = len(groups)
-    files = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    units = (_targets(name, places, given, conversion) for name in names)
     return [
         Shard(file, tuple(sorted(targets, key=_order)), conversion.power_of_two)
-        for file, targets in zip(files, groups, strict=True)
+        for file, targets in fill_files(units, conversion.max_shard_bytes)
     ]
 
 
@@ -127,7 +79,7 @@ def digest(shards: Iterable[Shard]) -> str:
     whole = hashlib.sha256()
     for shard in shards:
         whole.update(shard.header())
-        for target in shard.targets:
+        for target in shard.tensors:
             whole.update(f"{target.weight}{target.scale}{target.is_scale}{shard.power_of_two}\n".encode())
     return whole.hexdigest()
 
@@ -158,4 +110,4 @@ def _order(target: Target) -> tuple[int, int]:
     """
     if target.is_scale:
         return 1, 0
-    return (0, 0) if target.nbytes % 4 == 0 else (2, -DTYPES[target.dtype].itemsize)
+    return (0, 0) if stored_bytes(target) % 4 == 0 else (2, -DTYPES[target.dtype].itemsize)

@@ -21,11 +21,11 @@ from abyssal.checkpoint.convert.check import Source, read_source
 from abyssal.checkpoint.convert.manifest import MANIFEST, FileRecord, Manifest, hash_file
 from abyssal.checkpoint.convert.places import Place
 from abyssal.checkpoint.convert.plan import Conversion, Shard, digest, plan_shards
-from abyssal.checkpoint.convert.side_files import converted_config, copy_side_files, side_files, write_json
+from abyssal.checkpoint.convert.side_files import converted_config, copy_side_files, side_files
 from abyssal.checkpoint.convert.workers import write_shards
+from abyssal.checkpoint.file_plan import write_index, write_json
 from abyssal.checkpoint.layout import SCALE_SUFFIX
 from abyssal.checkpoint.model_directory import CONFIG
-from abyssal.checkpoint.safetensors_files import INDEX
 from abyssal.config.frozen import Frozen
 from abyssal.config.quantization import BlockFP8
 from abyssal.errors import CheckpointError, ModelDirectoryError
@@ -112,7 +112,7 @@ def convert_directory(
                 write_text(folder / "finished.json", finished.model_dump_json(indent=1))
         copy_side_files(copied, folder / "model")
         write_json(folder / "model" / CONFIG, converted_config(model.fields, model.config, conversion, scheme))
-        _write_index(folder / "model", shards)
+        write_index(folder / "model", shards)
         _write_manifest(folder / "model", conversion, shards, finished)
         flush_tree(folder / "model")
         (folder / "model").rename(target)
@@ -256,14 +256,6 @@ def _write(
             files += 1
             yield shard, record
     tell(total - kept)
-
-
-def _write_index(folder: Path, shards: list[Shard]) -> None:
-    """Write which file holds which tensor, if there are several files."""
-    if len(shards) > 1:
-        weight_map = {target.name: shard.name for shard in shards for target in shard.targets}
-        size = sum(shard.tensor_bytes for shard in shards)
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _write_manifest(folder: Path, conversion: Conversion, shards: list[Shard], finished: Finished) -> None:

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from abyssal.checkpoint.atomic import os_faults
 from abyssal.checkpoint.convert.manifest import FileRecord
-from abyssal.checkpoint.convert.places import DTYPES, Place, PlaceReader
+from abyssal.checkpoint.convert.places import Place, PlaceReader
 from abyssal.checkpoint.convert.plan import Shard, Target
+from abyssal.checkpoint.file_plan import row_blocks
 from abyssal.checkpoint.fit import is_finite
-from abyssal.checkpoint.safetensors_files import FP8
+from abyssal.checkpoint.safetensors_files import DTYPES, FP8
 from abyssal.errors import ModelDirectoryError
-from abyssal.ops.block_fp8 import BLOCK, dequantise_blocks, quantise_blocks, requantise_blocks, scale_rows, scale_shape
+from abyssal.ops.block_fp8 import dequantise_blocks, quantise_blocks, requantise_blocks, scale_rows, scale_shape
 
-#: Values converted at once: few enough that they stay in the processor's cache, many enough for long reads and writes.
-VALUES = 2**21
 #: Bytes after which the system is asked to begin writing to the disk, so that no long wait is left for the end.
 WRITE_BEHIND = 2**25
 
@@ -41,7 +40,7 @@ def write_shard(folder: Path, shard: Shard, tick: Tick) -> FileRecord:
                 output = _Output(file.fileno(), tick)
                 output.write(memoryview(shard.header()))
                 tensors = _Tensors(reader, shard.power_of_two)
-                for target in shard.targets:
+                for target in shard.tensors:
                     for rows in tensors.rows(target):
                         output.write(rows.reshape(-1).view(torch.uint8).numpy().data)
                 os.fsync(file.fileno())
@@ -90,20 +89,20 @@ class _Tensors:
         elif target.dtype == FP8 != target.weight.dtype:
             yield from self._quantised(target)
         else:
-            for start, stop in row_blocks(target.weight):
+            for start, stop in row_blocks(*target.weight.matrix):
                 rows = self._reader.rows(target.weight, start, stop).to(DTYPES[target.dtype])
                 yield _finite(target, rows)
 
     def _dequantised(self, target: Target) -> Iterator[Tensor]:
         scale = self._scale(target)
-        for start, stop in row_blocks(target.weight):
+        for start, stop in row_blocks(*target.weight.matrix):
             rows = self._reader.rows(target.weight, start, stop)
             yield _finite(target, dequantise_blocks(rows, scale[scale_rows(start, stop)], DTYPES[target.dtype]))
 
     def _quantised(self, target: Target) -> Iterator[Tensor]:
         known = target.scale is not None or target.weight in self._scales
         scale = self._scale(target) if known else torch.empty(scale_shape(target.shape))
-        for start, stop in row_blocks(target.weight):
+        for start, stop in row_blocks(*target.weight.matrix):
             rows = self._reader.rows(target.weight, start, stop)
             blocks = scale_rows(start, stop)
             if known:
@@ -120,18 +119,10 @@ class _Tensors:
         if target.weight not in self._scales:
             parts = [
                 quantise_blocks(self._reader.rows(target.weight, *rows), power_of_two=self._power_of_two)[1]
-                for rows in row_blocks(target.weight)
+                for rows in row_blocks(*target.weight.matrix)
             ]
             self._scales[target.weight] = torch.cat(parts)
         return self._scales[target.weight]
-
-
-def row_blocks(place: Place) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the rows to take at a time: multiples of 128, about `VALUES` values."""
-    rows, columns = place.matrix
-    step = max(BLOCK, VALUES // max(columns, 1) // BLOCK * BLOCK)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 NOT_FINITE = "holds NaN or infinity"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,12 +72,3 @@ def converted_config(
         made = BlockFP8(scale_fmt="ue8m0" if conversion.power_of_two else None)
         result["quantization_config"] = (scheme or made).to_hf()
     return result
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file as people read it.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
