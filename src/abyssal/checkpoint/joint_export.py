@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from abyssal.checkpoint.agreement import Ranks
+from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.atomic import os_faults
 from abyssal.checkpoint.file_plan import PlannedFile
 from abyssal.checkpoint.layout import fold, released_tensors
@@ -42,7 +42,7 @@ class JointExport:
         """Prepare to write what this rank holds of `tensors` into `files`, which are to appear in `path`."""
         self.path, self.config, self.files, self.tensors = path, config, files, tensors
 
-    def run(self, ranks: Ranks, staging: Staging) -> None:
+    def run(self, ranks: Agreement, staging: Staging) -> None:
         """Take all steps, together with the other ranks.
 
         Raises:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from abyssal.checkpoint.agreement import Ranks
+from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.atomic import atomic_directory, free_space_check, remove_stale
 from abyssal.checkpoint.file_plan import write_json
 from abyssal.checkpoint.fit import Fit, compare
@@ -86,7 +86,7 @@ def write_model_directory(
         ModelDirectoryError: the tensors are not those of `config` or not finite, a tokenizer file is missing, `path`
             holds something else, or the disk refused. What stood at `path` is untouched.
     """
-    ranks = Ranks(group)
+    ranks = Agreement(group)
     if ranks.size > 1 and dtype == torch.float8_e4m3fn:
         raise ModelDirectoryError(
             f"{path}: blocks of FP8 weights lie across ranks, so one process writes them; write bfloat16 here, which "
@@ -265,7 +265,7 @@ def load_into(
         targets.pop(HEAD, None)
     shapes = {name: tuple(target.shape) for name, target in targets.items()}
     fit = reader.fit(shapes, allow_missing_mtp=allow_missing_mtp)
-    ranks = Ranks(group)
+    ranks = Agreement(group)
 
     def look() -> list[str]:
         fit.read_values(reader.stored, _own_rows(targets))

@@ -100,7 +100,7 @@ def _train(
         tokens_a_pass=config.train.micro_batch_size * length,
         ranks=ranks,
     )
-    export = partial(export_model, model=state.model, config=config, tokenizer=inputs.folder)
+    export = partial(export_model, model=state.model, config=config, tokenizer=inputs.folder, group=ranks.control)
     peak = ranks.first(lambda: peak_flops(config, device)) * ranks.world_size
     with Reporter(console, folder, state.progress, config, peak, speaks=ranks.is_first) as reporter:
         _steps(state, folder, inputs, reporter, evaluate=evaluate, export=export)
