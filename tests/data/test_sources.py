@@ -10,7 +10,7 @@ from abyssal.data.prepare import prepare
 from abyssal.data.shards import Shards
 from abyssal.errors import ConfigError, DataError
 from abyssal.text.tokenizer import Tokenizer
-from abyssal.train.inputs import prepare_inputs
+from abyssal.train.inputs import Inputs, open_inputs, prepare_inputs
 
 
 @pytest.fixture
@@ -24,6 +24,11 @@ def folders(tmp_path: Path) -> dict[str, Path]:
             own = "".join(letters[n // 5**place % 5] for place in range(3))
             (found[name] / f"{n}.txt").write_text((letters * 3 + own) * (n % 5 + 3))
     return found
+
+
+def prepared(run: RunConfig, folder: Path) -> Inputs:
+    prepare_inputs(run, folder, Console())
+    return open_inputs(run, folder)
 
 
 def config(folders: dict[str, Path], shares: dict[str, float], **fields) -> DataConfig:
@@ -41,7 +46,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sequences_come_from_the_sources_by_weight(folders, small_run, tmp_path: Path) -> None:
-    inputs = prepare_inputs(run_of(small_run, config(folders, {"low": 3, "high": 1})), tmp_path / "out", Console())
+    inputs = prepared(run_of(small_run, config(folders, {"low": 3, "high": 1})), tmp_path / "out")
     tokenizer = Tokenizer.load(tmp_path / "out")
     texts = [tokenizer.decode(row.tolist()) for row in inputs.loader.batch(0, 60).tokens]
     low = [bool(set(text) & set("abcde")) for text in texts]
@@ -52,7 +57,7 @@ def test_sequences_come_from_the_sources_by_weight(folders, small_run, tmp_path:
 
 def test_windows_of_a_source_cover_its_tokens_once_an_epoch(folders, small_run, tmp_path: Path) -> None:
     data = config(folders, {"low": 1, "high": 1})
-    inputs = prepare_inputs(run_of(small_run, data), tmp_path / "out", Console())
+    inputs = prepared(run_of(small_run, data), tmp_path / "out")
     shards = Shards.open(tmp_path / "out", "train")
     windows = windows_by_source(shards, 32)
     assert set(windows) == {"low", "high"}
@@ -119,4 +124,4 @@ def test_source_shorter_than_a_window_is_named(folders, small_run, tmp_path: Pat
     for n in range(4):
         (folders["tiny"] / f"{n}.txt").write_text(str(n))
     with pytest.raises(DataError, match=r"data\.sources\.tiny has \d+ training tokens, but train\.sequence_length=32"):
-        prepare_inputs(run_of(small_run, config(folders, {"low": 1, "tiny": 1})), tmp_path / "out", Console())
+        prepared(run_of(small_run, config(folders, {"low": 1, "tiny": 1})), tmp_path / "out")

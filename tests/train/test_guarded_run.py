@@ -127,8 +127,8 @@ def test_text_unlike_all_before_is_refused_by_its_loss(config: RunConfig, tmp_pa
     values["guard"] |= {"sigmas": 10.0, "window_steps": 12, "min_steps": 12}
     draw = BatchLoader.batch
 
-    def foreign(self: BatchLoader, first: int, size: int) -> Batch:
-        batch = draw(self, first, size)
+    def foreign(self: BatchLoader, first: int, size: int, share: tuple[int, int]) -> Batch:
+        batch = draw(self, first, size, share)
         noise = torch.randint(300, batch.tokens.shape, generator=torch.Generator().manual_seed(1))
         return Batch(noise, first, batch.ranges) if batch.ranges == of_batches(44) else batch
 
