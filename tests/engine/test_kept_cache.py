@@ -38,7 +38,8 @@ def test_random_turns_over_one_cache_give_what_fresh_caches_give(model: Transfor
     draw = random.Random(seed)
     kept, text, reused = KeptCache(model), [5, 9], 0
     for _ in range(14):
-        text = text[: draw.randint(1, len(text))] if draw.random() < 0.4 or len(text) > 30 else text
+        if draw.random() < 0.4 or len(text) > 30:
+            text = text[: draw.randint(1, min(len(text), 50))]  # of 64 places
         text = text + [draw.randrange(97) for _ in range(draw.randint(0, 6))]
         parameters = SamplingParameters(draw.randint(1, 12), temperature=draw.choice([0, 1.3]), seed=draw.randrange(99))
         drafts = draw.randint(0, 3)

@@ -31,9 +31,10 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised or died; holds its traceback.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    place = socket.socket()  # bound until all have answered, so that nobody else is given the port; rank 0 may share it
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", 0))
+    port = place.getsockname()[1]
     processes, pipes = [], []
     for rank in range(world_size):
         here, there = CONTEXT.Pipe(duplex=False)
@@ -57,6 +58,7 @@ def run_ranks(
                 break
             results.append(value)
     finally:
+        place.close()
         for process in processes:
             process.join(0 if faults else 30)
             if process.is_alive():
