@@ -142,7 +142,7 @@ def start_again(root: Path) -> int:
 def test_killed_rank_leaves_the_old_state_or_the_new_one(tmp_path: Path, point: str, rank: int, newest: int) -> None:
     told_by = run_ranks(WORLD, die, tmp_path, point, rank, dying={rank})
     assert told_by.pop(rank) is None
-    gone = f"CheckpointError: rank {rank}: its process ended, or "
+    gone = f"RankError: rank {rank}: its process ended, or "
     assert [sentence[: len(gone)] for sentence in told_by] == [gone] * (WORLD - 1)
     assert int(states(tmp_path)[-1].name[5:]) == newest
     assert run_ranks(WORLD, start_again, tmp_path) == [newest] * WORLD
@@ -164,8 +164,8 @@ def fall_silent(root: Path) -> str:
 
 def test_silent_rank_is_named_by_the_first(tmp_path: Path) -> None:
     first, silent, third = run_ranks(WORLD, fall_silent, tmp_path)
-    assert first == "CheckpointError: rank 1: gives no answer; resume from the newest training state"
-    assert third.startswith("CheckpointError: rank 0: its process ended, or it gave up waiting for another rank")
+    assert first == "RankError: rank 1: gives no answer; resume from the newest training state"
+    assert third.startswith("RankError: rank 0: its process ended, or it gave up waiting for another rank")
     assert (silent, states(tmp_path)) == ("silent", [])
 
 

@@ -60,10 +60,6 @@ def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch, environment
     assert info == GroupInfo(attempt=2 if environment else 0)
 
 
-def test_cores_are_shared_by_the_ranks_of_a_machine() -> None:
-    assert [GroupInfo(local_world_size=n).threads(6) for n in (1, 2, 4, 8)] == [6, 3, 1, 1]
-
-
 def meeting(store: dist.Store, world_size: int) -> list[str]:
     """Let all ranks meet, in a random order of coming."""
     ranks = random.sample(range(world_size), world_size)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from abyssal.errors import AbyssalError, CheckpointError
+from abyssal.errors import AbyssalError, CheckpointError, RankError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,6 +29,7 @@ class _Fault:
     """What a rank says instead of a value; the sentence names the rank."""
 
     sentence: str
+    error: ClassVar[type[AbyssalError]] = CheckpointError
 
 
 class Agreement:
@@ -54,7 +55,8 @@ class Agreement:
             This rank's share of what `decide` returned: one value a rank.
 
         Raises:
-            CheckpointError: on every rank, where one of them failed or is gone; names the rank.
+            CheckpointError: on every rank, where one of them failed; names the rank.
+            RankError: on every rank, where one of them is gone; names the rank, the first where that is who is missed.
             BaseException: what is no `AbyssalError`, on the rank that met it, as it came.
         """
         if self.group is None:
@@ -82,7 +84,7 @@ class Agreement:
         if isinstance(answer, _Fault):
             if own is not None and not isinstance(own, AbyssalError):
                 raise own
-            raise CheckpointError(answer.sentence) from own
+            raise answer.error(answer.sentence) from own
         return answer  # type: ignore[no-any-return]
 
     def agree(self, part: Callable[[], T], decide: Callable[[list[T]], R]) -> R:
@@ -168,10 +170,13 @@ class Agreement:
 class _Lost(_Fault):
     """Said about a rank, not by it."""
 
+    error = RankError
+
 
 def _joined(faults: Sequence[_Fault]) -> _Fault:
+    told = [fault for fault in faults if not isinstance(fault, _Lost)] or faults  # what a rank says of itself, first
     more = len(set(faults)) - 1
-    return _Fault(faults[0].sentence + (f" (and {more} more rank{'s' * (more > 1)})" if more else ""))
+    return type(told[0])(told[0].sentence + (f" (and {more} more rank{'s' * (more > 1)})" if more else ""))
 
 
 def first_line(error: BaseException) -> str:

@@ -60,8 +60,9 @@ def save_state(
         group: the ranks that write the state together.
 
     Raises:
-        CheckpointError: the state exists, a disk refused, a rank is gone, or a plain tensor differs between ranks;
-            earlier states are untouched.
+        CheckpointError: the state exists, a disk refused, or a plain tensor differs between ranks; earlier states are
+            untouched.
+        RankError: a rank is gone; the same holds.
         TypeError: a leaf is no tensor.
     """
     held = pieces(tensors)

@@ -42,15 +42,19 @@ def train(
 
     config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
     folder = RunFolder(out or Path("runs") / config.name)
-    with joined() as info:
+    with joined(silence_s=config.parallel.silence_s) as info:
         from abyssal.parallel.ranks import Ranks
         from abyssal.train import loop
 
         ranks = Ranks.joined(info.local_world_size)
         console = Console(quiet=not ranks.is_first)
         try:
-            if not resume:
-                model = loop.start(config, folder.path, console, ranks)
+            again = ranks.first(lambda: folder.was_begun_by(info.launch_id, config))
+            if not resume and not again:
+                model = loop.start(config, folder.path, console, ranks, launch_id=info.launch_id)
+            elif not resume:
+                console.print("started again by its launcher", highlight=False)
+                model = loop.resume(folder.path, console, ranks=ranks)
             else:
                 stored = folder.resolved_config()
                 console.print(
@@ -61,10 +65,10 @@ def train(
                 model = loop.resume(folder.path, console, overrides or [], ranks)
         except (KeyboardInterrupt, Stopped):
             if ranks.is_first:
-                again = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
+                command = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
                 went_far = folder.recipe.is_file()  # written before the first step
                 typer.echo(
-                    f"\ninterrupted; go on with: {again} --resume"
+                    f"\ninterrupted; go on with: {command} --resume"
                     if went_far
                     else "\ninterrupted before the first step",
                     err=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from abyssal.config.frozen import Frozen
 
@@ -31,6 +31,9 @@ class ParallelConfig(Frozen):
     )
     dispatch_dtype: Literal["compute", "fp8"] = Field(
         default="compute", description="what rows are sent to experts in; they always come back in the compute dtype"
+    )
+    silence_s: PositiveFloat = Field(
+        default=30.0, description="a rank that gives no sign of life for so many seconds is named, and ends the run"
     )
 
     @model_validator(mode="after")

@@ -7,21 +7,25 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from abyssal.errors import AbyssalError, RankError, UsageError
+from abyssal.errors import RankError, Stopped, UsageError
+from abyssal.parallel.watch import Watch, watched_ranks
 
 if TYPE_CHECKING:  # a process that is alone has faults to tell for which it needs no torch
-    import torch
     from torch._C._distributed_c10d import Store
 
 #: How long the ranks of a launch may be apart when they come, seconds: imports from a loaded file server take minutes.
 MEET_S = 600.0
 #: How long one collective may take, seconds: the last resort, where nothing else has ended a run that hangs.
 COLLECTIVE_S = 600.0
+#: How long a rank may give no sign of life, seconds.
+SILENCE_S = 30.0
+#: What launchers say where nobody named the launch.
+NO_ID = ("", "none")
 _OFFER_S = 1.0  # between two looks at whether another rank 0 has come meanwhile
 
 
@@ -87,29 +91,20 @@ class GroupInfo:
     local_rank: int = 0
     local_world_size: int = 1
     attempt: int = 0
-    run_id: str = ""
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device that this rank computes on."""
-        import torch
-
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-    def threads(self, cores: int) -> int:
-        """Return this rank's share of the cores of its machine."""
-        return max(1, cores // self.local_world_size)
+    launch_id: str = ""  # equal however often the launcher starts its processes again; none: it does not tell
 
 
 @contextmanager
-def joined(timeout_s: float = COLLECTIVE_S) -> Iterator[GroupInfo]:
+def joined(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> Iterator[GroupInfo]:
     """Be a rank of the run that the environment speaks of, with torch's default process group made; else be alone.
 
     On CUDA collectives go over NCCL, those of tensors in main memory over gloo; without CUDA all over gloo. The group
     is destroyed at the end. After an error it is not, since that waits for other ranks: the process must end instead
-    (`abyssal.cli.main.run`). Of one fault that many ranks meet, one rank raises the sentence, the others SystemExit.
+    (`abyssal.cli.main.run`). Of one fault that many ranks meet, one rank raises the sentence, the others SystemExit;
+    so do all where a rank died or hangs, which is named on stderr (`abyssal.parallel.watch`).
 
     Args:
+        silence_s: a rank that gives no sign of life for so long ends the run.
         timeout_s: of one collective.
 
     Raises:
@@ -117,37 +112,94 @@ def joined(timeout_s: float = COLLECTIVE_S) -> Iterator[GroupInfo]:
         RankError: other ranks did not come.
     """
     launch = read_launch(os.environ)
-    if launch is None or launch.world_size == 1:
-        yield GroupInfo(attempt=launch.attempt, run_id=launch.run_id) if launch else GroupInfo()
+    if launch is None:
+        yield GroupInfo()
         return
-    import torch
-    import torch.distributed as dist
+    if launch.world_size == 1:
+        yield _info(launch, open_store(launch) if launch.agent_store and launch.run_id in NO_ID else None)
+        return
     from torch._C._distributed_c10d import PrefixStore
 
-    info = GroupInfo(
-        launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.attempt, launch.run_id
-    )
     store = open_store(launch)
-    name = meet(store, launch.rank, launch.world_size)
+    info, name = _info(launch, store), meet(store, launch.rank, launch.world_size)
     own = PrefixStore(name, store)
+    watched = watched_ranks(info.rank, info.world_size, info.local_rank, info.local_world_size)
+    # a connection of its own: what waits for a key in the main thread must not hold up signs of life
+    signs = PrefixStore("watch", PrefixStore(name, store.clone()))  # type: ignore[attr-defined]
+    watch = Watch(signs, info.rank, watched, silence_s)
+    watch.start()
     try:
-        backend = "gloo"
-        if torch.cuda.is_available():
-            _take_device(info, torch.cuda.device_count())
-            backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(
-            backend,
-            store=PrefixStore("group", own),
-            rank=info.rank,
-            world_size=info.world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        _make_group(PrefixStore("group", own), info, timeout_s)
         yield info
-    except AbyssalError as error:
-        if own.add("faults", 1) > 1:
-            raise SystemExit(error.exit_code) from None
+    except Stopped:
+        _leave_together(watch)
         raise
+    except KeyboardInterrupt:
+        watch.tell(f"rank {info.rank}: interrupted")
+        watch.give_way()
+        raise
+    except BaseException as error:
+        if _is_told(error, watch, info.rank):
+            raise SystemExit(getattr(error, "exit_code", RankError.exit_code)) from None
+        raise
+    _leave_together(watch)
+    import torch.distributed as dist
+
     dist.destroy_process_group()
+
+
+def _info(launch: Launch, store: Store | None) -> GroupInfo:
+    """Return what this process is; `store` names the launch where the launcher has not."""
+    launch_id = "" if launch.run_id in NO_ID else launch.run_id
+    if not launch_id and store is not None and launch.agent_store:
+        launch_id = store.compare_set("launch", "", secrets.token_hex(8)).decode()
+    return GroupInfo(
+        launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.attempt, launch_id
+    )
+
+
+def _make_group(store: Store, info: GroupInfo, timeout_s: float) -> None:
+    import torch
+    import torch.distributed as dist
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        _take_device(info, torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def _leave_together(watch: Watch) -> None:
+    """Wait until all ranks are done: the first to end would look dead to the others, and may hold the store."""
+    import torch
+    import torch.distributed as dist
+
+    watch.stop_judging()
+    with suppress(RuntimeError):  # gone already
+        dist.all_reduce(torch.zeros(1))  # of main memory, so over gloo
+    watch.stop()
+
+
+def _is_told(error: BaseException, watch: Watch, rank: int) -> bool:
+    """Whether another rank tells why the run ends, so that this one need not; else it is told that this one did."""
+    try:
+        if is_lost_contact(error):
+            return watch.miss() is not None or not watch.tell(f"rank {rank}: {error}")
+        return not watch.tell(f"rank {rank}: {type(error).__name__}: {error}")
+    finally:
+        watch.give_way()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error came from a collective that missed another rank, not from this one's own work."""
+    from torch.distributed import DistError
+
+    text = str(error)
+    return isinstance(error, (DistError, RankError)) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+    )
 
 
 def _take_device(info: GroupInfo, devices: int) -> None:

@@ -28,7 +28,7 @@ from abyssal.train.step import RefusedUpdateError, train_step
 from abyssal.train.training_state import TrainingState
 
 
-def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE) -> Path:
+def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE, *, launch_id: str = "") -> Path:
     """Begin a run in the folder `path` and train to its end; returns the model directory.
 
     Args:
@@ -36,12 +36,13 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE)
         path: the run's folder, which all ranks see.
         console: where the run is reported.
         ranks: that train together; all of them call this.
+        launch_id: of the launch that starts the ranks, and starts them again where one of them fails.
 
     Raises:
         AbyssalError: a fault of recipe, corpus, disk or training, as one sentence.
         Stopped: a signal asked for it; what was done is saved.
     """
-    folder = RunFolder(path)
+    folder, given = RunFolder(path), config
     layout = fit(config, ranks)
     ranks.first(folder.refuse_another)
     open_initial_weights(config)  # a wrong init_from is found before anything is written
@@ -49,6 +50,7 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE)
     inputs = open_inputs(config, folder.data(config))
     config, sentences = ranks.first(lambda: decide(config, _device(), ranks))
     _say(console, sentences)
+    ranks.first(lambda: folder.mark_launch(launch_id, given))
     ranks.first(lambda: folder.begin(config))
     return _train(config, folder, inputs, console, ranks, layout)
 
@@ -128,7 +130,7 @@ def _steps(
     config, device, total, due = state.config, _device(), state.config.train.tokens, state.config.checkpoint
     ranks = state.ranks
     keep_multiples_of = due.keep_every * due.every_steps
-    with StopSignals() as signals:
+    with StopSignals(speaks=ranks.is_first) as signals:
         with StateWriter(
             folder.states, keep=due.keep, keep_multiples_of=keep_multiples_of, group=ranks.control
         ) as writer:

@@ -26,6 +26,11 @@ class RunFolder:
         """The resolved recipe, with what this machine decided filled in."""
         return self.path / "recipe.toml"
 
+    @property
+    def launch(self) -> Path:
+        """Which launch of several ranks began the run."""
+        return self.path / "launch.json"
+
     def data(self, config: RunConfig) -> Path:
         """Tokenizer and shards: in the run's folder, unless the recipe names another."""
         return self.path / "data" if config.data.folder is None else Path(config.data.folder)
@@ -82,6 +87,27 @@ class RunFolder:
         with os_faults(CheckpointError, self.path, "start a run here"):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe, tomli_w.dumps(config.model_dump(exclude_none=True)))
+
+    def mark_launch(self, launch_id: str, config: RunConfig) -> None:
+        """Store by which launch the run is begun, and as which recipe, before the machine decided on any of it.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        if launch_id:
+            with os_faults(CheckpointError, self.path, "start a run here"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_text(self.launch, json.dumps({"launch": launch_id, "recipe": config.model_dump(mode="json")}))
+
+    def was_begun_by(self, launch_id: str, config: RunConfig) -> bool:
+        """Whether a run of this launch and recipe stands here: then its processes were started again, and go on."""
+        if not launch_id or not self.recipe.is_file() or not self.launch.is_file():
+            return False
+        try:
+            found = json.loads(self.launch.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return False
+        return bool(found == {"launch": launch_id, "recipe": config.model_dump(mode="json")})
 
     def resolved_config(self, overrides: Sequence[str] = ()) -> RunConfig:
         """Return the recipe that the run was started with, changed by `overrides`.

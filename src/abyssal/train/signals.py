@@ -21,9 +21,10 @@ class StopSignals:
     Signals reach the main thread only; entered in another one, this does nothing.
     """
 
-    def __init__(self) -> None:
-        """Nothing is asked for yet."""
+    def __init__(self, *, speaks: bool = True) -> None:
+        """Nothing is asked for yet; of many processes that a signal reaches, one speaks."""
         self.requested: int | None = None
+        self._speaks = speaks
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -57,4 +58,5 @@ class StopSignals:
         if self.requested is not None:
             os._exit(128 + number)  # threads that still write are not waited for; what they leave is found next time
         self.requested = number
-        os.write(2, FIRST)  # not print: the signal may have come in the middle of one
+        if self._speaks:
+            os.write(2, FIRST)  # not print: the signal may have come in the middle of one
