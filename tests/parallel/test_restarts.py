@@ -28,6 +28,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.timeout(900)  # four starts of torchrun
 def test_killed_and_stopped_ranks_are_named_and_the_run_ends_as_an_undisturbed_one(
     tmp_path: Path, undisturbed: Path
 ) -> None:

@@ -95,6 +95,9 @@ def run() -> None:
         code = main(sys.argv[1:])
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
     _leave_broken_group(code)
     sys.exit(code)
 
