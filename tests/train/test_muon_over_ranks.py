@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +21,8 @@ from abyssal.train.training_state import TrainingState
 from ranks import run_ranks
 from ranks.spread import SHAPE
 
+Result = tuple[list[float], dict[str, Tensor]]
+
 SEQUENCES, POSITIONS, STEPS, SAVED = 8, 12, 6, 3
 FIELDS = {
     **{f"model.{name}": value for name, value in SHAPE.items()},
@@ -30,15 +31,16 @@ FIELDS = {
     "train.tokens": 20 * SEQUENCES * POSITIONS,
     "schedule.batch_size.start": SEQUENCES,
 }
-#: Of four ranks: recipe fields.
+#: Of four ranks: recipe fields. The first one's state is read by the others.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ep 2 * edp 2": {"parallel.ep_size": 2},
-    "dp 4": {},
     "dp 4, ZeRO-3": {"parallel.zero_stage": 3},
     "ep 4": {"parallel.ep_size": 4, "parallel.zero_stage": 2},
     "dp_replicate 2 * edp 2": {"parallel.dp_replicate_size": 2},
-    "dp_replicate 2 * ep 2": {"parallel.dp_replicate_size": 2, "parallel.ep_size": 2},
 }
+#: Of losses, weights and moments. In float64 so are the products. Otherwise they are taken of what was rounded to bf16,
+#: and a gradient summed in another order goes up instead of down where it lies between two: 0.4% of one number.
+LIMITS = {"float64": 1e-9, "float32": 5e-3}
 
 
 class Run:
@@ -72,33 +74,36 @@ class Run:
         return {n: t.full_tensor() if isinstance(t, DTensor) else t.detach().clone() for n, t in named}
 
 
-def _train(root: Path, dtype: str) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    """Train in every layout from the beginning; write the state of the first one on the way."""
+def _train(root: Path) -> None:
+    """Train in every layout from the beginning, in the last one in fp32 too; write the first one's state on the way."""
     dist.init_process_group("gloo")
     ranks, found = Ranks.joined(), {}
     for name, layout in LAYOUTS.items():
-        run = Run(dtype, layout, ranks)
+        run = Run("float64", layout, ranks)
         losses = run.train(SAVED)
         if not found:
             save_state(root, SAVED, run.state.tensors, run.state.record(), keep=1, group=ranks.control)
             saved = run.whole()
         found[name] = losses + run.train(STEPS), run.whole()
+    run = Run("float32", layout, ranks)
+    found["float32"] = run.train(STEPS), run.whole()
     if ranks.is_first:
         torch.save(saved, root / "saved.pt")
-    return _numbers(found)
+        torch.save(found, root / "trained.pt")
 
 
-def _go_on(root: Path, dtype: str) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    """Read that state in every layout: it must be equal to the bit; train on."""
+def _go_on(root: Path) -> None:
+    """Read that state in other layouts, and train on."""
     dist.init_process_group("gloo")
     ranks, found, saved = Ranks.joined(), {}, torch.load(root / "saved.pt")
-    for name, layout in LAYOUTS.items():
-        run = Run(dtype, layout, ranks)
-        found[name] = go_on(run, root, saved)
-    return _numbers(found)
+    for name in list(LAYOUTS)[1:]:
+        found[name] = go_on(Run("float64", LAYOUTS[name], ranks), root, saved)
+    if ranks.is_first:
+        torch.save(found, root / "gone on.pt")
 
 
-def go_on(run: Run, root: Path, saved: dict[str, Tensor]) -> tuple[list[float], dict[str, Tensor]]:
+def go_on(run: Run, root: Path, saved: dict[str, Tensor]) -> Result:
+    """Read that state, which must be equal to the bit, and train on."""
     run.state.restore(root / f"step-{SAVED:08d}")
     read = run.whole()
     assert read.keys() == saved.keys()
@@ -107,29 +112,27 @@ def go_on(run: Run, root: Path, saved: dict[str, Tensor]) -> tuple[list[float], 
     return run.train(STEPS), run.whole()
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """Make tensors fit to leave the process."""
-    return {name: (losses, {n: t.numpy() for n, t in whole.items()}) for name, (losses, whole) in found.items()}
-
-
-def compare(what: str, losses: list[float], whole: dict[str, Any], expected: Any, limit: float) -> None:
+def compare(what: str, result: Result, expected: Result, limit: float) -> None:
     """Hold losses, weights and moments against those of one process, by norm."""
-    theirs, tensors = expected
+    (losses, whole), (theirs, tensors) = result, expected
     assert len(losses) > 2
     for ours, other in zip(losses, theirs[-len(losses) :], strict=True):
         assert abs(ours - other) <= limit * other, (what, losses, theirs)
     assert whole.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        error = (torch.as_tensor(whole[name]).double() - tensor.double()).norm()
-        assert error <= limit * tensor.double().norm(), (what, name, error / tensor.double().norm())
+        error = (whole[name] - tensor).norm() / tensor.norm() if tensor.any() else whole[name].norm()
+        assert error <= limit, (what, name, error)
 
 
 def test_every_layout_trains_with_muon_as_one_process_and_goes_on_from_the_state_of_another(tmp_path: Path) -> None:
-    alone = Run("float64", {}, Ranks())
-    expected = alone.train(STEPS), alone.whole()
-    for name, (losses, whole) in run_ranks(4, _train, tmp_path, "float64")[0].items():
-        compare(name, losses, whole, expected, 1e-9)
-    for name, (losses, whole) in run_ranks(4, _go_on, tmp_path, "float64")[0].items():
-        compare(f"on from {name}", losses, whole, expected, 1e-9)
-    losses, whole = go_on(Run("float64", {}, Ranks()), tmp_path, torch.load(tmp_path / "saved.pt"))
-    compare("on in one process", losses, whole, expected, 1e-9)
+    alone = {dtype: Run(dtype, {}, Ranks()) for dtype in LIMITS}
+    expected = {dtype: (run.train(STEPS), run.whole()) for dtype, run in alone.items()}
+    run_ranks(4, _train, tmp_path)
+    for name, result in torch.load(tmp_path / "trained.pt").items():
+        dtype = name if name in LIMITS else "float64"
+        compare(name, result, expected[dtype], LIMITS[dtype])
+    run_ranks(4, _go_on, tmp_path)
+    results = torch.load(tmp_path / "gone on.pt")
+    results["one process"] = go_on(Run("float64", {}, Ranks()), tmp_path, torch.load(tmp_path / "saved.pt"))
+    for name, result in results.items():
+        compare(f"on in {name}", result, expected["float64"], LIMITS["float64"])

@@ -80,7 +80,7 @@ class Matrix:
 
 
 def chunk(whole: range, number: int, index: int) -> range:
-    """Return the range of `whole` that torch gives to shard `index` of `number`; the last ones may be short or empty."""
+    """Return the part of `whole` that torch gives to shard `index` of `number`; the last ones may be short or empty."""
     size = -(-len(whole) // number)
     return whole[index * size : (index + 1) * size]
 

@@ -60,7 +60,7 @@ def orthogonalise_alike(stacks: Sequence[Tensor]) -> list[Tensor]:
     alike = defaultdict[torch.Size, list[int]](list)
     for place, stack in enumerate(stacks):
         alike[stack.shape[-2:]].append(place)
-    found = {}
+    found: dict[int, Tensor] = {}
     for places in alike.values():
         matrices = torch.cat([stacks[place] for place in places]).split(BATCH)  # [L, A, B] each
         updates = torch.cat([orthogonalise(batch) for batch in matrices])
@@ -82,10 +82,9 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, for matrices; dims before the last two stack independent ones.
 
     An update's root mean square is made 0.2, about that of AdamW's, by the factor 0.2 sqrt(max(A, B)), so learning
-    rate and weight decay mean what they mean there. State: one momentum a parameter, in the gradient's dtype and layout.
-
-    Momentum and update are elementwise, so a rank makes them for its part of a parameter. What needs whole matrices
-    goes through `exchange`.
+    rate and weight decay mean what they mean there. State: one momentum a parameter, as its gradient is: fp32, or
+    fp64, and spread over ranks alike. Momentum and update are elementwise, so each rank makes those of its part of a
+    parameter; what needs whole matrices goes through `exchange`.
     """
 
     def __init__(

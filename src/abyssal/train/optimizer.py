@@ -61,7 +61,8 @@ class Optimizers:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, mesh: Mesh | None = None) -> Optimizers:
     """Return fused AdamW over everything, or, if the recipe says so, Muon over the hidden matrices and AdamW beside it.
 
-    With a mesh, over which the model is spread, all its ranks call this and step together. Weight decay applies to matrices. Differs: the report does not say whether norm scales decay; here they do not.
+    With a mesh, over which the model is spread, all its ranks call this, and step together. Weight decay applies to
+    matrices. Differs: the report does not say whether norm scales decay; here they do not.
     """
     named = dict(model.named_parameters())
     hidden = {n: p for n, p in named.items() if config.name == "muon" and p.dim() >= 2 and not n.endswith(TABLES)}
