@@ -10,6 +10,7 @@ import pytest
 from ranks.training import Run, train_runs
 
 EXACT, ROUNDED = {"train.compute_dtype": "float64"}, {"train.compute_dtype": "float32"}
+MUON = {**EXACT, "optimizer.name": "muon"}
 #: For each number of ranks: recipe fields, beside a compute dtype.
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -18,6 +19,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp 2, ZeRO-3": {**EXACT, "parallel.zero_stage": 3},
         "ep 2": {**EXACT, "parallel.ep_size": 2},
         "ep 2, fp32": {**ROUNDED, "parallel.ep_size": 2},
+        "dp 2, ZeRO-2, Muon": {**MUON, "parallel.zero_stage": 2},
     },
     4: {
         "dp 4, ZeRO-1": EXACT,
@@ -25,6 +27,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "ep 4": {**EXACT, "parallel.ep_size": 4, "parallel.zero_stage": 2},
         "ep 2, replicated": {**EXACT, "parallel.ep_size": 2, "parallel.dp_replicate_size": 2},
         "ep 2 * dp 2, ZeRO-2, fp32": {**ROUNDED, "parallel.ep_size": 2, "parallel.zero_stage": 2},
+        "ep 2 * dp 2, Muon": {**MUON, "parallel.ep_size": 2},
     },
     8: {
         "ep 8": {**EXACT, "parallel.ep_size": 8},
@@ -40,14 +43,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Run]:
-    return train_runs(1, folder, {"float64": EXACT, "float32": ROUNDED})
+    return train_runs(1, folder, {"float64": EXACT, "float32": ROUNDED, "muon": MUON})
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_every_layout_trains_as_one_process(world_size: int, folder: Path, alone: dict[str, Run]) -> None:
     for name, run in train_runs(world_size, folder, LAYOUTS[world_size]).items():
-        exact = LAYOUTS[world_size][name]["train.compute_dtype"] == "float64"
-        check(name, run, alone["float64" if exact else "float32"], *((1e-9, 1e-8) if exact else (1e-5, 1e-4)))
+        fields = LAYOUTS[world_size][name]
+        exact = fields["train.compute_dtype"] == "float64"
+        one = alone[fields.get("optimizer.name", fields["train.compute_dtype"])]
+        check(name, run, one, *((1e-9, 1e-8) if exact else (1e-5, 1e-4)))
 
 
 def check(name: str, run: Run, alone: Run, gradient_limit: float, loss_limit: float) -> None:

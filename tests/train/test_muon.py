@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from abyssal.train.muon import Muon, orthogonalise
+from abyssal.train.muon import Muon, orthogonalise, orthogonalise_alike
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 9, 31), (2, 40, 11)], ids=str)
@@ -27,6 +29,51 @@ def test_matrices_of_a_stack_do_not_see_each_other() -> None:
     matrices = torch.randn(3, 8, 20)
     alone = torch.cat([orthogonalise(m[None]) for m in matrices])
     torch.testing.assert_close(orthogonalise(matrices).float(), alone.float(), rtol=0, atol=2e-2)
+
+
+def test_float64_is_not_rounded_and_other_dtypes_go_through_bf16() -> None:
+    """Runs in float64 are compared across layouts, in which a gradient's last bit is another."""
+    matrices = torch.randn(2, 9, 14, dtype=torch.float64)
+    found, nudged = orthogonalise(matrices), orthogonalise(matrices * (1 + 1e-13 * torch.randn_like(matrices)))
+    assert found.dtype == torch.float64
+    assert 0 < (found - nudged).norm() < 1e-10 * found.norm()
+    rounded = orthogonalise(matrices.float())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.double(), found, rtol=0, atol=2e-2)
+
+
+def test_stacks_of_many_shapes_come_back_in_their_order() -> None:
+    stacks = [torch.randn(shape, dtype=torch.float64) for shape in ((1, 4, 6), (20, 6, 4), (3, 4, 6), (2, 6, 4))]
+    found = orthogonalise_alike(stacks)
+    for stack, one in zip(stacks, found, strict=True):
+        torch.testing.assert_close(one, orthogonalise(stack), rtol=0, atol=1e-12)
+    assert orthogonalise_alike([]) == []
+
+
+def test_whole_matrices_are_exchanged_at_the_seam() -> None:
+    """What goes there is the look ahead of every parameter, in the order of groups; what comes back is applied."""
+    first, second, idle = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 6), (2, 10, 3), (5, 7)))
+    given: list[torch.Tensor] = []
+
+    def exchange(parts: Any, work: Any) -> list[torch.Tensor]:
+        given.extend(parts)
+        return [torch.full_like(part, number) for number, part in enumerate(parts, 1)]
+
+    groups = [{"params": [first, idle]}, {"params": [second], "parts": 2}]
+    optimizer = Muon(groups, momentum=0.5, weight_decay=0.0, exchange=exchange)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    first.grad, second.grad = torch.ones_like(first), torch.full_like(second, 4.0)
+    optimizer.step()
+    assert [(tuple(part.shape), part.unique().item()) for part in given] == [
+        ((4, 6), 0.75),
+        ((5, 7), 0.0),
+        ((2, 10, 3), 3.0),
+    ]
+    torch.testing.assert_close(first.detach(), torch.full_like(first, -0.1 * 0.2 * 6**0.5))
+    torch.testing.assert_close(second.detach(), torch.full_like(second, -3 * 0.1 * 0.2 * 5**0.5))
+    assert not idle.any()
+    assert idle not in optimizer.state
 
 
 def test_zero_gradient_moves_nothing_but_by_decay() -> None:

@@ -16,6 +16,7 @@ class Mesh:
     """A layout with its process groups; all are parts of one root mesh, as DTensors over several of them need."""
 
     layout: RankLayout
+    stage: DeviceMesh  # all ranks of a pipeline stage
     dense: DeviceMesh  # what dense weights are sharded over: [dp_replicate,] edp and ep together
     expert_data: DeviceMesh  # what a slice of the experts is sharded over: [dp_replicate,] edp
     expert: DeviceMesh  # what experts are spread over: ep
@@ -28,5 +29,7 @@ class Mesh:
         experts = world._unflatten(0, layout.sizes, AXES)
         dense = world._unflatten(0, (pp, dp_replicate, edp * ep), ("pp", "dp_replicate", "dp_shard"))
         if dp_replicate == 1:
-            return cls(layout, dense["dp_shard"], experts["edp"], experts["ep"])
-        return cls(layout, dense["dp_replicate", "dp_shard"], experts["dp_replicate", "edp"], experts["ep"])
+            return cls(layout, dense["dp_shard"], dense["dp_shard"], experts["edp"], experts["ep"])
+        stage = world._unflatten(0, (pp, layout.dp_size), ("pp", "dp"))["dp"]
+        both = dense["dp_replicate", "dp_shard"]
+        return cls(layout, stage, both, experts["dp_replicate", "edp"], experts["ep"])

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from abyssal.checkpoint.state import adamw_tensors
 from abyssal.config.run import OptimizerConfig
 from abyssal.parallel.apply import copies, local
+from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.ranks import ALONE, Ranks
-from abyssal.train.muon import Muon, muon_tensors
+from abyssal.parallel.whole_matrices import WholeMatrices
+from abyssal.train.muon import Muon, cost, muon_tensors
 
 #: Matrices that Muon leaves to AdamW: rows of tables, and the gate, whose rows are centroids.
 TABLES = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
@@ -56,10 +58,11 @@ class Optimizers:
         return found | muon_tensors(self.muon, by_muon) if self.muon else found
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizers:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, mesh: Mesh | None = None) -> Optimizers:
     """Return fused AdamW over everything, or, if the recipe says so, Muon over the hidden matrices and AdamW beside it.
 
-    Weight decay applies to matrices. Differs: the report does not say whether norm scales decay; here they do not.
+    With a mesh, over which the model is spread, all its ranks call this, and step together. Weight decay applies to
+    matrices. Differs: the report does not say whether norm scales decay; here they do not.
     """
     named = dict(model.named_parameters())
     hidden = {n: p for n, p in named.items() if config.name == "muon" and p.dim() >= 2 and not n.endswith(TABLES)}
@@ -80,14 +83,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizers:
         group["lr_scale"] = config.beside_muon_lr_scale
     stacked = [p for n, p in hidden.items() if n.endswith("gate_up_proj")]
     single = [p for n, p in hidden.items() if not n.endswith("gate_up_proj")]
+    groups = [(matrices, parts) for matrices, parts in ((single, 1), (stacked, 2)) if matrices]
+    exchange = None
+    if mesh is not None:
+        spread = [(p, parts) for matrices, parts in groups for p in matrices]
+        exchange = WholeMatrices(spread, mesh.stage.get_group(), cost)
     muon = Muon(
-        [
-            {"params": matrices, "parts": parts, "lr_scale": config.muon_lr_scale}
-            for matrices, parts in ((single, 1), (stacked, 2))
-            if matrices
-        ],
+        [{"params": matrices, "parts": parts, "lr_scale": config.muon_lr_scale} for matrices, parts in groups],
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
+        exchange=exchange,
     )
     return Optimizers(adamw, muon)
 

@@ -88,11 +88,6 @@ def fit(config: RunConfig, ranks: Ranks) -> RankLayout:
             f"train.time_budget_s={config.train.time_budget_s:g}: measures one process, but this run has "
             f"{ranks.world_size} ranks; give train.tokens, and remove the budget (unset)"
         )
-    if ranks.world_size > 1 and config.optimizer.name == "muon":
-        raise UsageError(
-            f"optimizer.name='muon': needs whole matrices, and {ranks.world_size} ranks hold parts of them; "
-            "with several ranks: --set optimizer.name=adamw"
-        )
     sizes, multiple = config.schedule.batch_size, config.train.batch_multiple
     constant = all(segment.to in (None, sizes.start) for segment in sizes.segments)
     divided = config.batch_size_at(0) if constant else multiple

@@ -29,7 +29,7 @@ class TrainingState:
         """Build the state of a run that begins, or this rank's part of it."""
         self.config, self.ranks = config, ranks
         self.model = build_model(config, device, mesh)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, mesh)
         self.weights = self.model.state_dict()  # the live tensors
         self.average = WeightAverage(self.weights, config.ema.decay) if config.ema.decay else None
         self.progress, self.guard = Progress(), Guard()
