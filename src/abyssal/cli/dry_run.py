@@ -144,13 +144,11 @@ def _print_stages(console: Console, run: DryRun) -> None:
         ]
         return ", ".join(held), f"{stage.elements:,}", f"{stage.local_elements:,}"
 
-    elements = run.elements
-    rows = _collapsed(run.stages, row)
-    named = {"main": "main model", "mtp": "MTP modules", "second_embedding": "second embedding"}
-    rows.append(
-        ("all", ", ".join(f"{named[key]} {n:,}" for key, n in elements.items() if n), f"{sum(elements.values()):,}", "")
-    )
-    _table(console, "each stage", ("stage", "holds", "parameters", "of its first rank"), rows, left=2)
+    headings = ("stage", "holds", "parameters", "of its first rank")
+    _table(console, "each stage", headings, _collapsed(run.stages, row), left=2)
+    names = {"main": "main model", "mtp": "MTP modules", "second_embedding": "second embedding"}
+    counted = ", ".join(f"{names[key]} {count:,}" for key, count in run.elements.items() if count)
+    console.print(f"parameters of all stages: {counted}")
 
 
 def _print_memory(console: Console, run: DryRun) -> None:
@@ -205,15 +203,13 @@ def _collapsed(stages: Sequence[StageCost], row: Callable[[StageCost], tuple[str
 def _table(
     console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
 ) -> None:
-    """Print a table with a line above it, its first `left` columns aligned to the left."""
-    from rich.table import Table
-    from rich.text import Text
-
+    """Print a table with a line above it, its first `left` columns aligned to the left; figures are never cut."""
     console.print()
     console.print(title, style="bold")
-    table = Table(box=None, pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < left else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for row in (headings, *rows):
+        cells = [
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        console.print("  ".join(cells))

@@ -100,7 +100,7 @@ def traffic_of(
     parallel, total = config.parallel, Traffic()
     for name, count in stage.parts.items():
         total += sum((_of_weights(held, parallel, share) for held in parts[name].parameters), Traffic()) * count
-    if stage.copied or (number == 0 and layout.pp_size > 1 and config.model.num_nextn_predict_layers):
+    if stage.shared:
         shared = parts[EMBEDDING].sum("gradient_bytes") / max(1, parts[EMBEDDING].parameters[0].gathered_from)
         total += Traffic(all_reduce=shared)  # once a step, between two stages
     hidden = config.model.hidden_size * _dtype(config).itemsize

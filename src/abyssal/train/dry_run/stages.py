@@ -28,6 +28,7 @@ class CutStage:
 
     parts: Mapping[str, int]  # how many of each it holds
     copied: bool  # whether its embedding is a second one, beside the first stage's
+    shared: bool  # whether another stage has the embedding too, so that their gradients are summed
     in_flight: int  # micro-batches that have gone forward and not yet back, at most
     activations: float  # bytes that these keep
 
@@ -54,11 +55,13 @@ def cut(config: RunConfig, layout: RankLayout, micro_batches: int) -> list[CutSt
     stages = pipeline_costs(work, block_costs(work, chip, calibration), calibration).stages
     schedule = build_schedule(SCHEDULE, layout.pp_size, micro_batches)
     width = getattr(torch, config.train.compute_dtype).itemsize / VALUE
+    held = [parts_of(stage, tied=config.model.tie_word_embeddings) for stage in stages]
+    twice = any(copied for _, copied in held)
     found = []
-    for number, stage in enumerate(stages):
+    for number, (stage, (parts, copied)) in enumerate(zip(stages, held, strict=True)):
         in_flight = round(peak_activations(schedule, number))
-        parts, copied = parts_of(stage, tied=config.model.tie_word_embeddings)
-        found.append(CutStage(parts, copied, in_flight, in_flight * width * kept_by_stage(work, stage)))
+        kept = in_flight * width * kept_by_stage(work, stage)
+        found.append(CutStage(parts, copied, twice and EMBEDDING in parts, in_flight, kept))
     return found
 
 
