@@ -27,6 +27,7 @@ SOURCE = ROOT / "src" / "abyssal"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"console", "sh", "python", "toml"}
 RUN = {"inspect", "recipes", "generate", "plan"}  # cheap; the other commands are parsed, and their recipes resolved
+CHEAP = {"--dry-run"}  # options with which any command is
 WIDTH = "120"
 #: Those of the published load balancer's example.
 EXPERT_LOADS = [
@@ -142,7 +143,7 @@ def check(example: Example) -> None:
 
 
 def check_abyssal(arguments: list[str], output: str) -> None:
-    if arguments[0].startswith("-") or arguments[0] in RUN:
+    if arguments[0].startswith("-") or arguments[0] in RUN or CHEAP & set(arguments):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             assert main(arguments) == 0
@@ -202,6 +203,8 @@ def test_help_of_commands_with_arguments_has_examples() -> None:
         ("abyssal train demo --set train.token=3", "", ConfigError),
         ("abyssal prepare gone.toml --out x", "", ConfigError),
         ("abyssal train demo", "step 1\n", AssertionError),
+        ("abyssal train demo --dry-run", "step 1\n", AssertionError),
+        ("abyssal train v3_671b --dry-run --world-size 2000", "", AssertionError),
         ("abyssal inspect nothing", "", AssertionError),
         ("abyssal inspect demo", "...\nbatch size  33\n...\n", AssertionError),
         ("abyssal generate runs/demo/model --prompt x --top-p 2", "", AssertionError),

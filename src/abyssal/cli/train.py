@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+DRY_RUN = "Dry run"
+
 
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or a .toml file.")],
@@ -23,6 +25,21 @@ def train(
         bool,
         typer.Option("--resume", help="Go on from the newest checkpoint in that folder, with its recipe."),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            rich_help_panel=DRY_RUN,
+            help="Train nothing: say what each rank would hold and send, in seconds, in this process alone.",
+        ),
+    ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", rich_help_panel=DRY_RUN, metavar="RANKS", help="So many ranks.", show_default="1"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=DRY_RUN, help="Print JSON, figures exact.")
+    ] = False,
 ) -> None:
     """Train a model: prepare the data, run every step, and write a model directory.
 
@@ -31,9 +48,11 @@ def train(
         abyssal train demo
         abyssal train demo --set 'data.corpus=["my/code"]' --out runs/mine
         abyssal train demo --out runs/mine --resume
+        abyssal train v3_671b --dry-run --world-size 2048
     """
     from rich.console import Console
 
+    from abyssal.cli.dry_run import print_dry_run, refuse_without_dry_run
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
     from abyssal.errors import Stopped
@@ -41,6 +60,9 @@ def train(
     from abyssal.train.run_folder import RunFolder
 
     config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
+    if dry_run:
+        return print_dry_run(config, world_size, out=out, resume=resume, as_json=as_json)
+    refuse_without_dry_run(world_size, as_json)
     folder = RunFolder(out or Path("runs") / config.name)
     with joined(silence_s=config.parallel.silence_s) as info:
         from abyssal.parallel.ranks import Ranks

@@ -67,9 +67,7 @@ def shard(model: Transformer, config: ParallelConfig, mesh: Mesh) -> None:
     pass, since the MTP modules use them too. Experts are gathered in the compute dtype, in which alone they are used;
     gradients are summed in fp32, the objective being divided by the tokens of the whole batch already.
     """
-    wide = torch.promote_types(model.compute_dtype, torch.float32)
-    whole = MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)
-    narrow = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    whole, narrow = policies(model.compute_dtype)
     again = config.zero_stage == 3  # gathered again for the backward pass
     for block in model.model.layers:
         for module in block.modules():
@@ -88,6 +86,13 @@ def shard(model: Transformer, config: ParallelConfig, mesh: Mesh) -> None:
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def policies(compute_dtype: torch.dtype) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
+    """Return what weights are gathered and gradients summed in: of all units but the experts', and of the experts'."""
+    wide = torch.promote_types(compute_dtype, torch.float32)
+    whole = MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)
+    return whole, MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide, cast_forward_inputs=False)
 
 
 def units(model: nn.Module) -> list[FSDPModule]:

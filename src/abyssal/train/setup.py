@@ -28,9 +28,17 @@ TIMED_STEPS = 3
 
 
 def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-    """Build the model of a run, with fp32 (or fp64) master weights on `device`.
+    """Build the model of a run, with fp32 (or fp64) master weights on `device`. With a mesh, a rank holds its part."""
+    model = shape_model(config, device, mesh)
+    model.to_empty(device=device)
+    initial_weights(model, config)
+    return model
 
-    Everything that changes how the model runs is applied here, in this order. With a mesh, a rank holds its part.
+
+def shape_model(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Transformer:
+    """Return the model that is to run on `device`, on the meta device still: shapes and types without memory.
+
+    Everything that changes how the model runs is applied here, in this order.
     """
     dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
     with torch.device("meta"):
@@ -38,8 +46,6 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
     model.to(torch.promote_types(dtype, torch.float32))
     if mesh is not None:
         parallelise(model, config.parallel, mesh)
-    model.to_empty(device=device)
-    initial_weights(model, config)
     return model
 
 
@@ -77,16 +83,26 @@ def fit(config: RunConfig, ranks: Ranks) -> RankLayout:
     Raises:
         UsageError: it does not fit; names what would.
     """
-    layout = lay_out(config.parallel, config.model, ranks.world_size, ranks.local_world_size)
+    layout = lay_out_run(config, ranks.world_size, ranks.local_world_size)
     if layout.pp_size > 1:
         raise UsageError(
             f"parallel.pp_size={layout.pp_size}: pipelines are planned (`abyssal plan`) and dry-run "
             "(`abyssal train --dry-run`), not executed yet; allowed here: 1"
         )
-    if ranks.world_size > 1 and config.train.time_budget_s is not None:
+    return layout
+
+
+def lay_out_run(config: RunConfig, world_size: int, node_size: int) -> RankLayout:
+    """Lay a run over `world_size` ranks, `node_size` on each node unless the recipe says, executed or not.
+
+    Raises:
+        UsageError: it does not fit; names what would.
+    """
+    layout = lay_out(config.parallel, config.model, world_size, node_size)
+    if world_size > 1 and config.train.time_budget_s is not None:
         raise UsageError(
             f"train.time_budget_s={config.train.time_budget_s:g}: measures one process, but this run has "
-            f"{ranks.world_size} ranks; give train.tokens, and remove the budget (unset)"
+            f"{world_size} ranks; give train.tokens, and remove the budget (unset)"
         )
     sizes, multiple = config.schedule.batch_size, config.train.batch_multiple
     constant = all(segment.to in (None, sizes.start) for segment in sizes.segments)

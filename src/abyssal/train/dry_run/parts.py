@@ -1,0 +1,171 @@
+"""The distinct parts of a model, each built once as a rank of the run holds it, and what is read off their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from abyssal.config import ModelConfig, RunConfig
+from abyssal.model import Transformer
+from abyssal.model.feed_forward import StackedExperts
+from abyssal.model.layers import Linear
+from abyssal.parallel.apply import copies, local, policies
+from abyssal.parallel.fake_ranks import fake_ranks
+from abyssal.parallel.layout import RankLayout
+from abyssal.parallel.mesh import Mesh
+from abyssal.train.optimizer import build_optimizer
+from abyssal.train.setup import shape_model
+
+EMBEDDING, DENSE, MOE, HEAD, MTP = "embedding", "dense block", "MoE block", "norm and head", "MTP module"
+ONCE = (EMBEDDING, HEAD)  # a stage has no more than one
+#: Axes of a parameter's mesh along which `fully_shard` gathers it.
+GATHERED = ("edp", "dp_shard")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole
+    local: tuple[int, ...]  # of this rank's part
+    copies: int  # ranks of the stage that hold the same part
+    gathered_from: int  # ranks, this one included, whose parts are gathered before use; 0: the run has one rank
+    unit: str  # what is gathered at once: "root", "block" or "experts"
+    stored_bytes: int  # the master weights' memory: the part, padded to that of the first rank
+    moment_bytes: int  # the optimizer's
+    use_bytes: int  # of the weight as it is gathered, padding included; 0: it is used where it is stored
+    gradient_bytes: int  # of its gradient before it is reduced, padding included
+    cast_bytes: int  # of the copy in the compute dtype that a forward pass makes of it; 0: it is used as it is
+
+    @property
+    def elements(self) -> int:
+        """Of the whole."""
+        return prod(self.shape)
+
+    @property
+    def local_elements(self) -> int:
+        """Of this rank's part."""
+        return prod(self.local)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One distinct part of the model on one rank."""
+
+    parameters: tuple[Held, ...]
+    buffer_elements: int = 0  # gate biases, whole on every rank
+    buffer_bytes: int = 0
+
+    def sum(self, field: str, unit: str | None = None) -> int:
+        """Return the sum of a field of `Held` over all parameters, or those of one unit."""
+        return sum(getattr(held, field) for held in self.parameters if unit in (None, held.unit))
+
+    @property
+    def units(self) -> set[str]:
+        """What is gathered apart."""
+        return {held.unit for held in self.parameters}
+
+
+def build_parts(config: RunConfig, layout: RankLayout, rank: int = 0) -> dict[str, Part]:
+    """Build each distinct part of the model once on the meta device, as `rank` of the layout, and read its tensors.
+
+    The model is cut to one block of each kind, and then made by the functions that make it in a real run: model, mesh,
+    experts, shards, optimizer. Ranks of different stages with the same place in them hold the same of a part.
+    """
+    many = layout.world_size > 1
+    with fake_ranks(layout.world_size, rank) if many else nullcontext():
+        mesh = Mesh.over(layout, torch.device("cpu")) if many else None
+        short = config.model_copy(update={"model": one_block_of_each_kind(config.model)})
+        model = shape_model(short, torch.device("cpu"), mesh)
+        moments = build_optimizer(model, config.optimizer).tensors(dict(model.named_parameters()))
+        found: dict[str, list[Held]] = {}
+        buffers: dict[str, list[Tensor]] = {}
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                found.setdefault(part_of(name, short.model), []).append(_held(name, parameter, module, moments, model))
+            for name, buffer in module.named_buffers(path, recurse=False):
+                buffers.setdefault(part_of(name, short.model), []).append(buffer)
+    return {
+        part: Part(
+            tuple(held),
+            sum(buffer.numel() for buffer in buffers.get(part, ())),
+            sum(buffer.untyped_storage().nbytes() for buffer in buffers.get(part, ())),
+        )
+        for part, held in found.items()
+    }
+
+
+def one_block_of_each_kind(model: ModelConfig) -> ModelConfig:
+    """Return the model with its distinct blocks only: a dense one, an MoE one and an MTP module, as far as it has them.
+
+    Everything else of the shape stays, so a block is that of the whole model.
+    """
+    dense = min(1, model.first_k_dense_replace)
+    moe = min(1, model.num_hidden_layers - model.first_k_dense_replace)
+    return model.model_copy(
+        update={
+            "num_hidden_layers": dense + moe,
+            "first_k_dense_replace": dense,
+            "num_nextn_predict_layers": min(1, model.num_nextn_predict_layers),
+        }
+    )
+
+
+def part_of(name: str, model: ModelConfig) -> str:
+    """Return the part that a parameter of a model belongs to."""
+    if name.startswith("model.embed_tokens."):
+        return EMBEDDING
+    if not name.startswith("model.layers."):
+        return HEAD
+    layer = int(name.split(".")[2])
+    if layer >= model.num_hidden_layers:
+        return MTP
+    return MOE if model.is_moe(layer) else DENSE
+
+
+def _held(
+    name: str, parameter: nn.Parameter, module: nn.Module, moments: Mapping[str, Any], model: Transformer
+) -> Held:
+    whole, narrow = policies(model.compute_dtype)
+    experts = isinstance(module, StackedExperts)
+    own = local(parameter)
+    unit = "experts" if experts else "block" if name.startswith("model.layers.") else "root"
+    stored = _memory(own) // own.element_size()
+    gathered_from, used_in, reduced_in = 0, parameter.dtype, parameter.dtype
+    if isinstance(parameter, DTensor):
+        gathered_from = _gathered_from(parameter)
+        policy = narrow if experts else whole
+        used_in, reduced_in = policy.param_dtype or parameter.dtype, policy.reduce_dtype or parameter.dtype
+    in_use = stored * max(1, gathered_from)
+    casts = isinstance(module, Linear | StackedExperts) and used_in != model.compute_dtype
+    return Held(
+        name=name,
+        shape=tuple(parameter.shape),
+        local=tuple(own.shape),
+        copies=copies(parameter),
+        gathered_from=gathered_from,
+        unit=unit,
+        stored_bytes=_memory(own),
+        moment_bytes=sum(_memory(local(moment)) for key, moment in moments[name].items() if key != "step"),
+        use_bytes=in_use * used_in.itemsize if gathered_from else 0,
+        gradient_bytes=in_use * reduced_in.itemsize,
+        cast_bytes=in_use * model.compute_dtype.itemsize if casts else 0,
+    )
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def _gathered_from(parameter: DTensor) -> int:
+    """Return how many ranks gather a parameter from one another."""
+    mesh = parameter.device_mesh
+    return prod(mesh.size(axis) for axis, name in enumerate(mesh.mesh_dim_names or ()) if name in GATHERED)
