@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ranks import run_ranks
-from ranks.training import Run, changes, leave_out_what_only_costs_time, options, read_metrics, whole, write_corpus
+from ranks.training import Run, changes, leave_out_what_no_test_needs, options, read_metrics, whole, write_corpus
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _together(parts: list[Seen]) -> Seen:
 def _run(arguments: dict[str, list[str]], stopped_after: dict[str, int]) -> dict[str, Seen]:
     from abyssal.cli.main import main
 
-    leave_out_what_only_costs_time()
+    leave_out_what_no_test_needs()
     found: dict[str, Seen] = {}
     for name, line in arguments.items():
         found[name] = _watch(stopped_after[name])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +141,7 @@ def _train(arguments: dict[str, list[str]]) -> None:
     from abyssal.cli.main import main
     from abyssal.train import step
 
-    leave_out_what_only_costs_time()
+    leave_out_what_no_test_needs()
     clip, found = step.clip_gradients, list[dict[str, Tensor]]()
 
     def recorded(model: nn.Module, max_norm: float, ranks: Ranks) -> Tensor:
@@ -155,15 +157,17 @@ def _train(arguments: dict[str, list[str]]) -> None:
             torch.save(found[0], Path(line[line.index("--out") + 1]) / "gradients.pt")
 
 
-def leave_out_what_only_costs_time() -> None:
-    """Leave out of the runs of this process the report, which is tested alone, and the peak that MFU is stated in."""
+def leave_out_what_no_test_needs() -> None:
+    """Leave out of the runs of this process the report, which is tested alone, the peak for MFU, and what is shown."""
     from abyssal.train import loop
     from abyssal.train.run_folder import RunFolder
 
+    sys.stdout = io.StringIO()
     RunFolder.write_report = lambda self: None  # type: ignore[method-assign]
     loop.peak_flops = lambda config, device: 1e12  # type: ignore[assignment]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that ranks hold parts of; called by all of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    """Return a copy of all of a tensor that ranks hold parts of; called by all of them."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.clone()  # where one rank holds all of a DTensor, the full tensor is its memory
