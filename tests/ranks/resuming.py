@@ -15,7 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ranks import run_ranks
-from ranks.training import Run, changes, leave_out_what_no_test_needs, options, read_metrics, whole, write_corpus
+from ranks.training import (
+    Run,
+    changes,
+    forget_meshes,
+    leave_out_what_no_test_needs,
+    options,
+    read_metrics,
+    whole,
+    write_corpus,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ def _run(arguments: dict[str, list[str]], stopped_after: dict[str, int]) -> dict
     found: dict[str, Seen] = {}
     for name, line in arguments.items():
         found[name] = _watch(stopped_after[name])
+        forget_meshes()
         assert main(line) == (128 + signal.SIGTERM if stopped_after[name] else 0), line
         if dist.is_initialized():  # as after a signal, where a process ends
             dist.destroy_process_group()

@@ -152,6 +152,7 @@ def _train(arguments: dict[str, list[str]]) -> None:
     step.clip_gradients = recorded  # type: ignore[assignment]
     for line in arguments.values():
         found.clear()
+        forget_meshes()
         assert main(line) == 0, line
         if os.environ["RANK"] == "0":
             torch.save(found[0], Path(line[line.index("--out") + 1]) / "gradients.pt")
@@ -165,6 +166,13 @@ def leave_out_what_no_test_needs() -> None:
     sys.stdout = io.StringIO()
     RunFolder.write_report = lambda self: None  # type: ignore[method-assign]
     loop.peak_flops = lambda config, device: 1e12  # type: ignore[assignment]
+
+
+def forget_meshes() -> None:
+    """Empty DTensor's caches, in which equal meshes of an earlier run of this process stand, with groups now gone."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
 
 
 def whole(tensor: Tensor) -> Tensor:
