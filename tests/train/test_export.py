@@ -6,6 +6,7 @@ import re
 import tomllib
 
 from abyssal.config import RunConfig
+from abyssal.config.parallel import ParallelConfig
 from abyssal.train.evaluation import Score
 from abyssal.train.export import model_card
 from abyssal.train.progress import Progress
@@ -27,6 +28,14 @@ def test_the_card_holds_the_recipe_and_the_figures_but_no_place(small_run: RunCo
     whole = {"name": "again", "data": {"corpus": list(config.data.corpus)}}
     again = RunConfig.parse({**recipe, **whole, "data": {**recipe["data"], **whole["data"]}}, "the card")
     assert again.model_dump(exclude={"name"}) == small_run.model_dump(exclude={"name"})
+
+
+def test_the_card_does_not_say_how_the_run_was_spread_over_ranks(small_run: RunConfig) -> None:
+    spread = ParallelConfig(ep_size=2, zero_stage=3, dispatch="node_limited", dispatch_dtype="fp8")
+    card = model_card(small_run.model_copy(update={"parallel": spread}), Progress(1, 4, 128), None)
+    alone = small_run.model_copy(update={"parallel": ParallelConfig(dispatch_dtype="fp8")})
+    assert card == model_card(alone, Progress(1, 4, 128), None)
+    assert card != model_card(small_run, Progress(1, 4, 128), None)  # FP8 is no layout: it changes numbers
 
 
 def test_what_was_not_measured_is_said(small_run: RunConfig) -> None:

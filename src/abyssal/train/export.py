@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from abyssal.checkpoint.model_directory import write_model_directory
 from abyssal.config import RunConfig
+from abyssal.config.parallel import ParallelConfig
 from abyssal.model import Transformer
 from abyssal.plan import count_parameters
 from abyssal.text.chat_template import write_tokenizer_config
@@ -19,8 +20,14 @@ from abyssal.text.tokenizer import Tokenizer
 from abyssal.train.evaluation import Score
 from abyssal.train.progress import Progress
 
-#: What the model card leaves out of the recipe: places on the machine that the run was on.
-PLACES: Any = {"init_from": True, "tokenizer": {"path"}, "data": {"corpus", "sources", "folder"}}
+#: What the model card leaves out of the recipe: places on the machine that the run was on, and its spread over ranks,
+#: which may change on the way and changes no number but in the last digits.
+LEFT_OUT: Any = {
+    "init_from": True,
+    "tokenizer": {"path"},
+    "data": {"corpus", "sources", "folder"},
+    "parallel": ParallelConfig.model_fields.keys() - {"dispatch_dtype"},
+}
 
 
 def export_model(
@@ -60,7 +67,7 @@ def export_model(
 def model_card(config: RunConfig, progress: Progress, score: Score | None) -> str:
     """Return the README.md of a model directory: what it is, how it was made, what was measured, and the recipe."""
     count = count_parameters(config.model)
-    recipe = tomli_w.dumps(config.model_dump(exclude_none=True, exclude=PLACES))
+    recipe = tomli_w.dumps(config.model_dump(exclude_none=True, exclude=LEFT_OUT))
     measured = (
         "not measured"
         if score is None
@@ -88,7 +95,7 @@ Made with Abyssal. The output is what so small a model learned in that time: it 
 
 ## Recipe
 
-As it was resolved for the run, without the places of its data.
+As it was resolved for the run, without the places of its data and its layout over ranks.
 
 ```toml
 {recipe}```

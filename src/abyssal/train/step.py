@@ -71,7 +71,7 @@ def train_step(
     total_tokens, schedule = config.train.tokens, config.schedule
     learning_rate = schedule.learning_rate.at(tokens_seen, total_tokens)
     sequences, positions = windows.shape[0], windows.shape[1] - 1
-    documents = ranks.sum(torch.tensor(sum(map(len, lengths)) or sequences))
+    documents = ranks.sum(torch.tensor(sum(map(len, lengths)))).item() if lengths else sequences * ranks.world_size
     weights = ObjectiveWeights(
         tokens=sequences * positions * ranks.world_size,
         sequences=int(documents),
