@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,8 @@ from abyssal.parallel.ranks import Ranks
 from abyssal.plan import count_parameters
 from abyssal.train.dry_run import DryRun, dry_run
 from abyssal.train.dry_run.parts import DENSE, EMBEDDING, HEAD, MOE, MTP, build_parts, part_of
+from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
+from abyssal.train.setup import build_model
 from abyssal.train.step import train_step
 from abyssal.train.training_state import TrainingState
 from ranks import run_ranks
@@ -258,6 +261,27 @@ def test_experts_are_gathered_in_the_compute_dtype_and_the_rest_cast_on_use() ->
     alone = dry_run(recipe(), 1).parts
     assert alone[MOE].sum("use_bytes") == 0  # used where they are stored
     assert alone[MOE].sum("cast_bytes", "experts") == 2 * sum(h.elements for h in held)
+
+
+def test_casts_are_the_weights_that_a_forward_pass_keeps_for_its_backward_pass() -> None:
+    config = recipe()
+    run = dry_run(config, 1)
+    model = build_model(config, torch.device("cpu"))
+    shapes = {tuple(sorted(parameter.shape)) for parameter in model.parameters() if parameter.dim() > 1}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    windows = torch.randint(320, (1, config.train.sequence_length + 1))
+    weights = ObjectiveWeights(tokens=24, sequences=1, mtp=0.3, balance=1e-4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = micro_batch_loss(model, windows, weights)  # so that no storage is used twice
+    assert held.total > 0
+    head = run.parts[HEAD].sum("cast_bytes")  # lives through the loss only, when all others do
+    assert sum(kept.values()) == total(run, "cast_bytes") - head > head > 0
 
 
 def test_muon_keeps_one_moment_of_hidden_matrices() -> None:
