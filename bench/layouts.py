@@ -72,7 +72,7 @@ def compare(run: Run, alone: Run, dtype: str) -> dict[str, Any]:
 def show(name: str, found: dict[str, Any]) -> None:
     """Print the row of a case."""
     print(
-        f"{name:38s} {found['gradient']:9.1e} of {found['gradient limit']:.0e}  {found['loss']:9.1e} of "
+        f"{name:46s} {found['gradient']:9.1e} of {found['gradient limit']:.0e}  {found['loss']:9.1e} of "
         f"{found['loss limit']:.0e}  {'pass' if found['passes'] else 'FAIL'}  {found['parameter']}; "
         f"{found['which loss']}" + ("" if found["loads"] == "equal" else "; expert loads differ"),
         flush=True,
@@ -88,7 +88,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         alone = train_runs(1, folder, {dtype: {"train.compute_dtype": dtype} for dtype in LIMITS})
-        print(f"{'':38s} {'gradient':>9s}           {'losses':>9s}                 where both are worst")
+        print(f"{'':46s} {'gradient':>9s}           {'losses':>9s}                 where both are worst")
         for ranks in chosen:
             cases = {
                 f"{ranks} ranks: {layout}, {dtype}": {
