@@ -24,15 +24,6 @@ ITERATIONS = 5
 BATCH = 16
 
 
-def products_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what the products of matrices in `dtype` are taken in: bf16, or float64 as given.
-
-    Runs in float64 are what other layouts are held against. A sum in another order would turn there into a whole step
-    of bf16 where a value lies between two.
-    """
-    return dtype if dtype == torch.float64 else torch.bfloat16
-
-
 @torch.no_grad()
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Bring the singular values of each matrix near 1 and keep its singular vectors, by Newton-Schulz iteration.
@@ -41,12 +32,11 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         matrices: [L, A, B].
 
     Returns:
-        [L, A, B] in the dtype of the products; scale and a zero matrix are without effect.
+        [L, A, B] in the same dtype, in which the products are taken; scale and a zero matrix are without effect.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.to(products_dtype(matrices.dtype))
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # the smaller side's Gram matrix is the cheaper one
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices  # the smaller side's Gram matrix is the cheaper one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         gram = torch.bmm(x, x.mT)
@@ -93,6 +83,7 @@ class Muon(torch.optim.Optimizer):
         *,
         momentum: float,
         weight_decay: float,
+        products: torch.dtype | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         """Take matrices, or groups of them, whose `lr` is set before each step.
@@ -104,12 +95,14 @@ class Muon(torch.optim.Optimizer):
             parameters: as for any optimizer of torch.
             momentum: of the gradients.
             weight_decay: over the learning rate.
+            products: what matrices are rounded to before they are made orthogonal: bf16 is exact enough, where the
+                machine has units for it; the parameters' dtype if not given.
             exchange: where ranks hold parts of the parameters: lets each whole matrix be worked on; it is given this
                 rank's parts of all parameters, in the order of groups.
         """
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
         super().__init__(parameters, defaults)
-        self.exchange = exchange
+        self.products, self.exchange = products, exchange
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -149,12 +142,12 @@ class Muon(torch.optim.Optimizer):
         """
         if parameter.grad is None:
             part = local(parameter)
-            return torch.zeros_like(part, dtype=products_dtype(part.dtype))
+            return torch.zeros_like(part, dtype=self.products)
         gradient, state = local(parameter.grad), self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter.grad)
         mean = local(state["momentum"]).lerp_(gradient, 1.0 - momentum)
-        return gradient.lerp(mean, momentum).to(products_dtype(gradient.dtype))
+        return gradient.lerp(mean, momentum).to(self.products or gradient.dtype)
 
 
 def muon_tensors(optimizer: Muon, parameters: Mapping[str, Tensor]) -> dict[str, Any]:

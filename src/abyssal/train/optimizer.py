@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from abyssal.checkpoint.state import adamw_tensors
 from abyssal.config.run import OptimizerConfig
+from abyssal.model import Transformer
 from abyssal.parallel.apply import copies, local
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.ranks import ALONE, Ranks
@@ -58,7 +59,7 @@ class Optimizers:
         return found | muon_tensors(self.muon, by_muon) if self.muon else found
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, mesh: Mesh | None = None) -> Optimizers:
+def build_optimizer(model: Transformer, config: OptimizerConfig, mesh: Mesh | None = None) -> Optimizers:
     """Return fused AdamW over everything, or, if the recipe says so, Muon over the hidden matrices and AdamW beside it.
 
     With a mesh, over which the model is spread, all its ranks call this, and step together. Weight decay applies to
@@ -92,6 +93,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, mesh: Mesh | None
         [{"params": matrices, "parts": parts, "lr_scale": config.muon_lr_scale} for matrices, parts in groups],
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
+        products=model.compute_dtype,  # the one that this machine is fast in, where the recipe leaves that to it
         exchange=exchange,
     )
     return Optimizers(adamw, muon)
