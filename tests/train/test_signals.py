@@ -124,11 +124,32 @@ def test_signals_are_noted_once_and_given_back(capfd: pytest.CaptureFixture[str]
         signals.stop()
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.requested == signal.SIGTERM
+        signals.stop()  # not before all ranks have agreed
+        assert signals.agree(lambda own: own) == signal.SIGTERM
         with pytest.raises(Stopped) as caught:
             signals.stop()
     assert caught.value.signal == signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert "once more ends at once" in capfd.readouterr().err
+
+
+def test_signal_that_comes_while_ranks_agree_is_kept_for_the_next_time() -> None:
+    def most(own: int) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return own
+
+    with StopSignals(speaks=False) as signals:
+        assert signals.agree(most) is None
+        signals.stop()
+        assert signals.agree(lambda own: own) == signal.SIGTERM
+
+
+def test_first_signal_of_a_rank_that_has_agreed_already_does_not_end_it_at_once() -> None:
+    """A launcher signals one rank after another, and the first may be heard before the last is sent its own."""
+    with StopSignals(speaks=False) as signals:
+        assert signals.agree(lambda own: max(own, signal.SIGTERM)) == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.agree(lambda own: own) == signal.SIGTERM
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:

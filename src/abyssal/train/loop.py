@@ -168,7 +168,7 @@ def _steps(
                     if progress.step % due.every_steps == 0 or ended:
                         writer.save(progress.step, state.tensors, state.record())
                     writer.check()
-            if signals.requested and not writer.has(state.progress.step):
+            if signals.agree(ranks.most) and not writer.has(state.progress.step):
                 writer.save(state.progress.step, state.tensors, state.record())
         signals.stop()  # not before the last state is on the disk
 

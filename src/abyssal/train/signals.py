@@ -23,7 +23,8 @@ class StopSignals:
 
     def __init__(self, *, speaks: bool = True) -> None:
         """Nothing is asked for yet; of many processes that a signal reaches, one speaks."""
-        self.requested: int | None = None
+        self.requested: int | None = None  # the signal that this process was sent
+        self.agreed: int | None = None  # what all ranks go by
         self._speaks = speaks
         self._before: dict[int, Any] = {}
 
@@ -41,18 +42,21 @@ class StopSignals:
             signal.signal(number, handler)
 
     def agree(self, most: Callable[[int], int]) -> int | None:
-        """Return the signal that any rank was sent, once all of them ask; `most` is the largest of their values."""
-        self.requested = most(self.requested or 0) or None
-        return self.requested
+        """Return the signal that any rank was sent, once all of them ask; `most` is the largest of their values.
+
+        One that comes meanwhile is kept for the next time.
+        """
+        self.agreed = most(self.requested or 0) or None
+        return self.agreed
 
     def stop(self) -> None:
-        """End the run if a signal asked for it.
+        """End the run if a signal was agreed on.
 
         Raises:
-            Stopped: it did.
+            Stopped: it was.
         """
-        if self.requested is not None:
-            raise Stopped(self.requested)
+        if self.agreed is not None:
+            raise Stopped(self.agreed)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
