@@ -31,6 +31,7 @@ from typing import Any
 KEY = "storm-key"
 MODEL = "storm"
 POSITIONS = 1024
+NUM_TOKENS = 280  # of its vocabulary
 MAX_BODY_BYTES = 20_000
 TIMEOUT_S = 120
 #: The requests come in so many parts, and memory is looked at behind each.
@@ -53,6 +54,7 @@ def write_model(folder: Path) -> None:
     from abyssal.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.train(["def f(x):\n    return x * x\n"] * 3, 290)
+    assert tokenizer.vocab_size == NUM_TOKENS
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=24,
@@ -115,7 +117,7 @@ def body_of(source: random.Random) -> dict[str, Any]:
         "stop": source.choice(["e", ["\n", "xx"], []]),
         "seed": source.randint(-5, 10**12),
         "logprobs": True,
-        "logit_bias": {str(source.randint(0, 280)): source.choice([-100, 5, 100])},
+        "logit_bias": {str(source.randrange(NUM_TOKENS)): source.choice([-100, 5, 100])},
         "presence_penalty": 1.5,
         "user": "someone",
         "abyssal": {"inspect": True},

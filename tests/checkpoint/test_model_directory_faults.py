@@ -207,6 +207,8 @@ def test_what_is_not_loaded_may_hold_anything(written, tiny, random_tensors, bui
 def test_missing_parts_of_a_directory_are_named(written, tmp_path):
     with pytest.raises(ModelDirectoryError, match="nowhere: no such model directory"):
         read_model_directory(tmp_path / "nowhere")
+    with pytest.raises(ModelDirectoryError, match=r"config\.json: is a file; give the model directory, perhaps"):
+        read_model_directory(written / "config.json")
     (written / "tokenizer.json").unlink()
     with pytest.raises(ModelDirectoryError, match=r"tokenizer\.json: no such file"):
         read_model_directory(written)

@@ -65,6 +65,17 @@ def test_options_reach_the_server_and_the_engine(served: list[Any], model_folder
     assert drain_timeout_s == 2.5
 
 
+def test_more_texts_may_run_than_a_step_has_tokens_by_default(served: list[Any], model_folder: Path) -> None:
+    assert main(["serve", str(model_folder), "--port", "0", "--max-running", "300"]) == 0
+    ((app, _),) = served
+    assert (app.state.engine.options.max_running, app.state.engine.options.max_step_tokens) == (300, 300)
+
+
+def test_an_empty_name_is_refused(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(model_folder), "--port", "0", "--name", ""]) == 2
+    assert "model_name='': must not be empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "warns"),
     [([], False), (["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--api-key", "a"], False)],

@@ -13,7 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abyssal.config import ModelConfig, RopeScaling
-from abyssal.engine import SamplingParameters, Speculation, generate, generate_speculatively
+from abyssal.engine import (
+    SamplingParameters,
+    Speculation,
+    generate,
+    generate_speculatively,
+    prepare_for_inference,
+)
 from abyssal.engine.drafter import BatchDrafter
 from abyssal.engine.engine import Engine, EngineOptions
 from abyssal.engine.request import Continuation, Output, Request
@@ -32,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "q_lora_rank": None,
     },
 }
+SERVED = "as it is served"
 #: What a draft is, given the token that will be said at its place and how far it stands behind the newest one.
 STUBS: dict[str, Callable[[int, int], int] | None] = {
     "of the modules": None,
@@ -72,9 +79,14 @@ class World:
         return self.told[prompt, asked]
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+@pytest.fixture(params=[*SHAPES, SERVED])
 def world(request: pytest.FixtureRequest, tiny_config: ModelConfig, build: Build) -> World:
-    return World(build(tiny_config.model_copy(update=request.param), seed=8))
+    """In float64, and once with all that serving does to a model in fp32: its sums are rounded in another order."""
+    if request.param != SERVED:
+        return World(build(tiny_config.model_copy(update=SHAPES[request.param]), seed=8))
+    model = build(tiny_config, seed=8, dtype=torch.float32, cached=False)
+    prepare_for_inference(model)
+    return World(model)
 
 
 def pages(engine_model: Transformer, count: int, page_tokens: int) -> int:
@@ -116,7 +128,7 @@ def assert_all_free(engine: Engine) -> None:
 OPTIONS = st.fixed_dictionaries(
     {
         "page_tokens": st.integers(2, 7),
-        "num_pages": st.integers(0, 40),  # beyond what the longest text needs
+        "num_pages": st.integers(0, 12),  # beyond what the longest text needs: so few that texts are preempted
         "max_running": st.integers(1, 6),
         "more_step_tokens": st.integers(0, 20),
         "share_prefixes": st.booleans(),
@@ -303,8 +315,8 @@ def test_bfloat16_parts_from_plain_generation_only_where_two_tokens_are_nearly_e
         for output, token in zip(told[request_id], generate(model, prompt, parameters), strict=True):
             assert output.token is not None
             if output.token.id != token.id:
-                (_, likeliest), (_, next_one) = output.token.top
-                assert likeliest - next_one < 0.05
+                (_, likeliest), (_, next_one) = token.top
+                assert likeliest - next_one < 0.02
                 break
 
 

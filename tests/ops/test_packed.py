@@ -8,7 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from abyssal.ops import packed as module
 from abyssal.ops.experts import expert_ffn
-from abyssal.ops.packed import pack, packed_expert_ffn, packed_linear, why_not_packed
+from abyssal.ops.packed import num_rows_read, pack, packed_expert_ffn, packed_linear, why_not_packed
 
 CPU = torch.device("cpu")
 DTYPES = [
@@ -26,7 +26,7 @@ def test_packing_is_for_the_precisions_of_the_cpus_matrix_library() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 7, 33])
+@pytest.mark.parametrize("rows", [1, 2, 7, 33, 65])
 def test_a_packed_product_is_the_product(rows: int, dtype: torch.dtype, tolerance: float) -> None:
     """Rounded once, from a sum in fp32, as the plain one is."""
     generator = torch.Generator().manual_seed(rows)
@@ -35,6 +35,33 @@ def test_a_packed_product_is_the_product(rows: int, dtype: torch.dtype, toleranc
     assert out.dtype == dtype
     expected = F.linear(x.double(), weight.double())
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def test_few_numbers_of_rows_are_ever_read_and_a_quarter_more_than_needed_at_most() -> None:
+    sizes = range(1, 4097)
+    read = [num_rows_read(n) for n in sizes]
+    assert read[:20] == [*range(1, 17), 20, 20, 20, 20]
+    assert all(n <= size <= max(16, 1.25 * n) for n, size in zip(sizes, read, strict=True))
+    assert len(set(read)) == 16 + 4 * 8  # 16 and four for each of the eight doublings from there to 4,096
+
+
+def test_all_products_are_of_these_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: set[int] = set()
+
+    class Library:
+        """The matrix library's product, and what it is asked for."""
+
+        @staticmethod
+        def default(x: torch.Tensor, weight: torch.Tensor, *_: object) -> torch.Tensor:
+            met.add(len(x))
+            return F.linear(x, weight)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Library, raising=False)
+    gate_up, down = [torch.randn(14, 5)] * 3, [torch.randn(5, 7)] * 3
+    for n in range(1, 300):
+        packed_linear(torch.randn(n, 5), gate_up[0])
+        packed_expert_ffn(torch.randn(n + 90, 5), torch.rand(n + 90), torch.tensor((n, 61, 29)), gate_up, down)
+    assert met == {num_rows_read(n) for n in range(1, 300)}
 
 
 def test_rows_and_weights_may_lie_anyhow() -> None:
@@ -46,11 +73,11 @@ def test_rows_and_weights_may_lie_anyhow() -> None:
 @pytest.mark.parametrize(
     "counts", [(0, 1, 0, 0), (1, 1, 0, 1), (4, 2, 1, 3), (0, 9, 0, 2), (5, 0, 3, 6), (13, 0, 0, 1)], ids=str
 )
-@pytest.mark.parametrize("window", [2, 4, 16])
+@pytest.mark.parametrize("exact", [4, 8, 16])
 def test_packed_experts_equal_the_definition(
-    window: int, counts: tuple[int, ...], dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    exact: int, counts: tuple[int, ...], dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ROUND", window)
+    monkeypatch.setattr(module, "EXACT", exact)
     monkeypatch.setattr(module, "CHUNK", 3)
     generator = torch.Generator().manual_seed(sum(counts))
     hidden, width, total = 10, 6, sum(counts)

@@ -214,3 +214,14 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(opened: Open) -> Non
         page.get_by_role("button", name="Inspect", exact=True).click()
         assert page.locator("#inspector").bounding_box()["width"] == 360
         assert page.evaluate("() => document.scrollingElement.scrollWidth") == 360
+
+
+def test_a_fault_below_a_long_conversation_is_in_sight_on_a_phone(opened: Open) -> None:
+    with opened(width=360) as (page, _):
+        settings(page, max_tokens=2, temperature=0)
+        say(page, "line\n" * 40)
+        settings(page, max_tokens=100_000)
+        say(page, "x", answers=2)
+        fault, composer = (page.locator(name).bounding_box() for name in (".assistant .fault", "#composer"))
+        assert fault["height"] > 60, "several lines"
+        assert fault["y"] + fault["height"] <= composer["y"]

@@ -94,7 +94,7 @@ def test_what_is_no_request_is_400(serve: Any, within_seconds: Any, body: bytes)
             assert answer.status_code == 400, answer.text
             assert answer.json()["error"]["type"] == "invalid_request_error"
             if body == b"{":
-                check(answer, 400, "the body is not valid JSON")
+                check(answer, 400, "the body is not valid JSON (expecting property name enclosed in double quotes, at")
 
     within_seconds(scenario())
 
@@ -107,9 +107,11 @@ def test_statuses_of_what_is_not_there(serve: Any, within_seconds: Any) -> None:
                 answer = await served.http.post(path, json=body)
                 check(answer, 404, "this server has 'model' only; nearest: model", "model_not_found", "model")
             check(await served.http.get("/v1/nothing"), 404, "GET /v1/nothing: there is no such page", "not_found")
+            answer = await served.http.post("/chat/completions", json=BODY)
+            check(answer, 404, "there is no such page; nearest: /v1/chat/completions", "not_found")
             check(await served.http.get("/v1/models/gpt"), 404, "this server has", "model_not_found")
             answer = await served.http.get(CHAT)
-            check(answer, 405, "Method Not Allowed")
+            check(answer, 405, f"GET {CHAT}: this address takes POST")
             assert answer.headers["allow"] == "POST"
 
     within_seconds(scenario())

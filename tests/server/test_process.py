@@ -118,6 +118,13 @@ def test_clients_that_leave_free_their_pages_and_sigterm_lets_the_rest_end(
         assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
+def test_openais_client_gets_all_that_it_asks_for(patient_directory: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "openai_client.py"), str(patient_directory), "--untrained"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("\n") == 9, "so many checks"
+
+
 def test_a_small_storm_is_weathered() -> None:
     command = [sys.executable, str(ROOT / "bench" / "storm.py"), "--requests", "150", "--connections", "40"]
     command.append("--ignore-memory")

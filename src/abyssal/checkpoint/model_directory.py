@@ -119,6 +119,8 @@ def read_model_directory(path: Path, *, needs_tokenizer: bool = True) -> tuple[M
         ModelDirectoryError: no such directory, a config.json that is missing or of an architecture that we do not
             implement, no tokenizer.json, or weights that are missing or damaged.
     """
+    if path.is_file():
+        raise ModelDirectoryError(f"{path}: is a file; give the model directory, perhaps {path.parent}")
     if not path.is_dir():
         raise ModelDirectoryError(f"{path}: no such model directory")
     try:

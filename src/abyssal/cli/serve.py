@@ -74,7 +74,7 @@ def serve(
 
     refuse_run_folder(model)
     options = ServerOptions(
-        model_name=name or str(model),
+        model_name=str(model) if name is None else name,
         api_keys=tuple(api_key or ()),
         max_waiting=max_queue,
         max_texts=max_running + max_queue,
@@ -82,7 +82,12 @@ def serve(
         max_body_bytes=max_body_bytes,
         drain_timeout_s=drain_seconds,
     )
-    engine_options = EngineOptions(max_running=max_running, cache_bytes=cache_bytes, num_drafts=drafts)
+    engine_options = EngineOptions(
+        max_running=max_running,
+        max_step_tokens=max(EngineOptions.max_step_tokens, max_running),  # each text that runs has a token a step
+        cache_bytes=cache_bytes,
+        num_drafts=drafts,
+    )
     with closing(listen(host, port)) as listener:  # before minutes of loading
         if not (is_loopback(listener) or api_key):
             typer.echo(

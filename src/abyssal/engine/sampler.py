@@ -99,7 +99,8 @@ class Sampler:
         top: tuple[tuple[int, float], ...] = ()
         if self.parameters.top_logprobs:
             values, ids = logits.topk(min(self.parameters.top_logprobs, len(logits)))
-            top = tuple(zip(ids.tolist(), (values - normaliser).tolist(), strict=True))
+            differences = values.double() - normaliser  # as below, so that a token has one log-probability, not two
+            top = tuple(zip(ids.tolist(), differences.tolist(), strict=True))
         return GeneratedToken(token, float(logits[token]) - normaliser, top)
 
     def _changed(self, logits: Tensor) -> Tensor:

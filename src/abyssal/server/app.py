@@ -11,10 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from abyssal import __version__
 from abyssal.engine import AsyncEngine, Engine, EngineOptions, LoadedModel
-from abyssal.errors import AbyssalError
+from abyssal.errors import AbyssalError, nearest
 from abyssal.server.answers import Answer
 from abyssal.server.chat_page import add_chat_page
 from abyssal.server.connection import EventStream, NoResponse, while_connected
@@ -184,8 +185,12 @@ async def _fields_refused(_: Request, error: Exception) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    asked = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return ApiError(404, f"{request.method} {request.url.path}: there is no such page", code="not_found").response()
-    response = ApiError(error.status_code, str(error.detail)).response()
+        like = nearest(request.url.path, (route.path for route in request.app.routes if isinstance(route, Route)))
+        return ApiError(404, f"{asked}: there is no such page{like}", code="not_found").response()
+    allowed = (error.headers or {}).get("Allow")
+    sentence = f"{asked}: this address takes {allowed}" if allowed else str(error.detail)
+    response = ApiError(error.status_code, sentence).response()
     response.headers.update(error.headers or {})
     return response

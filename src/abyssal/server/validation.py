@@ -14,7 +14,6 @@ from abyssal.server.fields import ChatFields, CompletionFields
 SENTENCES = {
     "missing": "is needed",
     "none_required": "is not supported here; leave it out",
-    "json_invalid": "the body is not valid JSON",
     "model_attributes_type": "the body must be a JSON object, sent as application/json",
 }
 
@@ -32,9 +31,17 @@ def fault_of_fields(findings: Sequence[Mapping[str, Any]]) -> ApiError:
     elif kind == "value_error":  # a rule of ours, which names its field
         message = str(finding["ctx"]["error"])
         return ApiError(400, message, param=message.partition(":")[0])
+    elif kind == "json_invalid":
+        sentence = f"the body is not valid JSON{_reason(finding)}"
     else:
         sentence = SENTENCES.get(kind) or _lower(finding["msg"])
     return ApiError(400, f"{path}: {sentence}" if path else sentence, param=path or None)
+
+
+def _reason(finding: Mapping[str, Any]) -> str:
+    """Return what the JSON parser says of a body, and where it stopped, if it could tell."""
+    reason, place = finding.get("ctx", {}).get("error"), finding["loc"][-1]
+    return f" ({_lower(reason)}, at character {place})" if reason and isinstance(place, int) else ""
 
 
 def _path(places: Sequence[str | int]) -> str:

@@ -199,7 +199,7 @@ function summary(message, milliseconds) {
 }
 
 function fail(message, error) {
-  message.item.append(element("p", { className: "fault", textContent: tell(error) }));
+  atBottom(() => message.item.append(element("p", { className: "fault", textContent: tell(error) })));
   message.error = !message.text;
 }
 
