@@ -6,7 +6,8 @@ MODEL is a model directory, such as runs/demo/model; without one a model of the 
 written and served. The server is a process of its own, this one is its clients; the engine alone runs here while the
 server has nothing to do. Both continue the same prompts of 32 tokens by the same number of tokens at temperature 0, one
 user and eight at a time, by turns, after a round that does not count. A rate is that of all tokens from the first
-request to the last token; medians over the rounds.
+request to the last token; medians over the rounds. The server has as many threads as it takes by itself, one fewer than
+there are cores, and so has the engine; the engine with all cores, which nobody could ask then, is shown too.
 """
 
 from __future__ import annotations
@@ -76,6 +77,16 @@ def engine_rate(engine: Engine, prompts: Prompts, tokens: int) -> float:
     return count / (time.perf_counter() - begin)
 
 
+def with_all_cores(engine: Engine, prompts: Prompts, tokens: int) -> float:
+    """Return the same with a thread a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(available_cores())
+    try:
+        return engine_rate(engine, prompts, tokens)
+    finally:
+        torch.set_num_threads(before)
+
+
 async def stream(url: str, ids: list[int], tokens: int) -> bytes:
     """Ask for a stream and return what came, to be looked at when no time is taken any more."""
     fields = {"model": NAME, "prompt": ids, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -112,6 +123,7 @@ def measure(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             for users in arguments.users:
                 prompts = prompts_of(users, 100 * number + users, loaded.config.vocab_size)
                 ways = {
+                    "engine with all cores": lambda prompts=prompts: with_all_cores(engine, prompts, arguments.tokens),
                     "engine": lambda prompts=prompts: engine_rate(engine, prompts, arguments.tokens),
                     "http": lambda prompts=prompts: asyncio.run(http_rate(server.url, prompts, arguments.tokens)),
                 }
@@ -122,7 +134,9 @@ def measure(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for users in arguments.users:
         alone, through = rates[users, "engine"], rates[users, "http"]
+        all_cores = statistics.median(rates[users, "engine with all cores"])
         figures[f"{users} users"] = {
+            "engine with all cores, tokens/s a user": round(all_cores / users, 1),
             "engine, tokens/s a user": round(statistics.median(alone) / users, 1),
             "http, tokens/s a user": round(statistics.median(through) / users, 1),
             "http / engine": round(statistics.median(b / a for a, b in zip(alone, through, strict=True)), 3),
@@ -137,7 +151,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=200, help="tokens of each text")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--threads", type=int, default=max(1, available_cores() - 1))
     parser.add_argument("--drafts", type=int, default=0, help="drafts a pass, in both ways")
     parser.add_argument("--server-option", action="append", default=[], help="a further argument of `abyssal serve`")
     parser.add_argument("--record", action="store_true", help="write the figures to bench/results")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abyssal.cli.generation_options import Device, DType, Model, Threads
+from abyssal.cli.generation_options import Device, DType, Model
 from abyssal.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ ApiKey = Annotated[
 ]
 Name = Annotated[
     str | None, typer.Option(help="Name that clients ask for the model by.", show_default="MODEL_DIR as given")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads of torch on the CPU.", show_default="one fewer than cores, which answers clients"),
 ]
 MaxRunning = Annotated[int, typer.Option(min=1, help="Texts that grow at a time.")]
 MaxQueue = Annotated[int, typer.Option(min=0, help="Texts that may wait behind them; more are answered with 503.")]
@@ -65,6 +69,7 @@ def serve(
     """
     from abyssal.cli.model_argument import refuse_run_folder
     from abyssal.engine import EngineOptions, load_model
+    from abyssal.machine.describe import available_cores
 
     try:
         from abyssal.server import ServerOptions, create_app
@@ -93,7 +98,9 @@ def serve(
             typer.echo(
                 f"warning: {host} can be reached from other machines, and nobody needs a key; see --api-key", err=True
             )
-        loaded = load_model(model, dtype=dtype, device=device, threads=threads)
+        # a product waits for the last of its threads, so one whose core answers clients would hold up the others
+        free_for_work = max(1, available_cores() - 1)
+        loaded = load_model(model, dtype=dtype, device=device, threads=free_for_work if threads is None else threads)
         app = create_app(loaded, template=_template(model), options=options, engine_options=engine_options)
         set_up_logging(access=access_log)
         listener.listen()  # whoever comes from now on waits, instead of being refused until the loop has begun
