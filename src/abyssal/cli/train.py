@@ -87,10 +87,11 @@ def train(
                 model = loop.resume(folder.path, console, overrides or [], ranks)
         except (KeyboardInterrupt, Stopped):
             if ranks.is_first:
-                command = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
+                alone = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"
+                command = f": {alone}" if ranks.world_size == 1 else " the same command, and"
                 went_far = folder.recipe.is_file()  # written before the first step
                 typer.echo(
-                    f"\ninterrupted; go on with: {command} --resume"
+                    f"\ninterrupted; go on with{command} --resume"
                     if went_far
                     else "\ninterrupted before the first step",
                     err=True,
