@@ -72,6 +72,13 @@ def test_small_layouts_have_one_too(abyssal: Call, fields: dict[str, object]) ->
     assert "main model 9,020,952" in result.out
 
 
+def test_bytes_that_are_not_counted_are_named(abyssal: Call) -> None:
+    for options, named in (([], True), (["--set", "optimizer.name=adamw"], False)):
+        result = abyssal("train", "demo", "--dry-run", "--world-size", 2, *options)
+        assert result.code == 0
+        assert ("Not counted: the rows that Muon sends" in result.out) is named
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -80,7 +87,6 @@ def test_small_layouts_have_one_too(abyssal: Call, fields: dict[str, object]) ->
         (["v3_671b", "--dry-run"], "nearest: 1024"),
         (["v3_671b", "--dry-run", "--world-size", 4096], "nearest: 256"),
         (["demo", "--dry-run", "--world-size", 0], "--world-size 0: must be at least 1"),
-        (["demo", "--dry-run", "--world-size", 2], "with several ranks: --set optimizer.name=adamw"),
         (["demo", "--dry-run", "--world-size", 8, "--set", "parallel.ep_size=3"], "nearest: 2, 4"),
         (["demo", "--dry-run", "--resume"], "--resume: a dry run reads and writes no run's folder"),
         (["demo", "--dry-run", "--out", "x"], "--out x: a dry run reads and writes no run's folder"),

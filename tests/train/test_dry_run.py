@@ -288,11 +288,11 @@ def test_muon_keeps_one_moment_of_hidden_matrices() -> None:
     config = recipe()
     adamw = dry_run(config, 1)
     optimizer = config.optimizer.model_copy(update={"name": "muon"})
-    muon = dry_run(config.model_copy(update={"optimizer": optimizer}), 1)
+    muon, shared = (dry_run(config.model_copy(update={"optimizer": optimizer}), ranks) for ranks in (1, 2))
     assert adamw.stages[0].memory.moments == 2 * total(adamw, "stored_bytes")
     assert total(adamw, "stored_bytes") < muon.stages[0].memory.moments < 1.5 * total(adamw, "stored_bytes")
-    with pytest.raises(UsageError, match=r"several ranks: --set optimizer\.name=adamw"):
-        dry_run(config.model_copy(update={"optimizer": optimizer}), 2)
+    whole, half = muon.stages[0].memory.moments, shared.stages[0].memory.moments
+    assert whole / 2 <= half < 0.52 * whole  # rows are dealt out unevenly where they are odd
 
 
 def test_stages_hold_every_layer_once_and_neighbours_send_hidden_states() -> None:

@@ -46,7 +46,8 @@ def test_matrices_are_made_orthogonal_in_the_dtype_that_was_chosen(products: tor
     matrices = torch.randn(2, 9, 14, dtype=torch.float64)
     found = orthogonalise(matrices.to(products or torch.float32))
     assert found.dtype == (products or torch.float32)
-    torch.testing.assert_close(found.double(), orthogonalise(matrices), rtol=0, atol=2e-2)
+    exact = orthogonalise(matrices)
+    assert (found.double() - exact).norm() < (0.05 if products == torch.bfloat16 else 1e-5) * exact.norm()
 
 
 def test_stacks_of_many_shapes_come_back_in_their_order() -> None:

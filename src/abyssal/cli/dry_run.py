@@ -26,6 +26,7 @@ PLANNED = (
     "The plan's: which blocks a stage holds, micro-batches under way (1F1B), activations of Abyssal's own trainer, "
     "which recomputes nothing, and how many rows go to experts that are all as likely."
 )
+EXCHANGE = "Not counted: the rows that Muon sends to the owners of whole matrices, and their updates, once a step each."
 
 
 def refuse_without_dry_run(world_size: int | None, as_json: bool) -> None:
@@ -116,6 +117,8 @@ def _print(run: DryRun, *, left_open: bool) -> None:
     console.print()
     console.print(READ, style="dim")
     console.print(PLANNED, style="dim")
+    if run.config.optimizer.name == "muon" and run.layout.world_size > 1:
+        console.print(EXCHANGE, style="dim")
 
 
 def _print_parts(console: Console, run: DryRun) -> None:
