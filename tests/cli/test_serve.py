@@ -115,3 +115,19 @@ def test_without_the_extra_one_sentence_says_so(
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert main(["serve", str(model_folder)]) == 2
     assert "serve: needs the package fastapi; pip install 'abyssal[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cores", "options", "threads"), [(4, [], 3), (1, [], 1), (4, ["--threads", "2"], 2)])
+def test_a_core_is_left_to_the_clients_unless_threads_are_given(
+    served: list[Any],
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    options: list[str],
+    threads: int,
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    monkeypatch.setattr("abyssal.machine.describe.available_cores", lambda: cores)
+    assert main(["serve", str(model_folder), "--port", "0", *options]) == 0
+    assert chosen == [threads]
