@@ -20,14 +20,13 @@ TORCHRUN = {
     "LOCAL_WORLD_SIZE": "4",
     "MASTER_ADDR": "node0",
     "MASTER_PORT": "29511",
-    "TORCHELASTIC_RESTART_COUNT": "3",
     "TORCHELASTIC_RUN_ID": "job",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
 }
 
 
 def test_launch_is_what_torchrun_says() -> None:
-    assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "node0", 29511, 3, "job", agent_store=True)
+    assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "node0", 29511, "job", agent_store=True)
 
 
 def test_process_started_alone_has_no_launch() -> None:
@@ -49,7 +48,7 @@ def test_incomplete_environment_is_refused(changed: dict[str, str | None], sente
     assert sentence in str(fault.value)
 
 
-@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "2"}])
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "job"}])
 def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
@@ -57,7 +56,7 @@ def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch, environment
         monkeypatch.setenv(name, value)
     with joined() as info:
         assert not dist.is_initialized()
-    assert info == GroupInfo(attempt=2 if environment else 0)
+    assert info == GroupInfo(launch_id="job" if environment else "")
 
 
 def meeting(store: dist.Store, world_size: int) -> list[str]:

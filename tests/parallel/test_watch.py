@@ -58,8 +58,8 @@ def test_rank_that_does_not_miss_the_others_while_they_miss_it_is_accused() -> N
     lost = {1: beat(1, lost=True), 2: beat(1), 3: beat(1, lost=True)}
     assert signs.judge(lost, 1.0, alive) is None
     moving = {rank: Beat("machine", "host", 7, 2, sign.lost) for rank, sign in lost.items()}
-    assert signs.judge(moving, 10.9, alive) is None
-    verdict = signs.judge({rank: Beat("machine", "host", 7, 3, sign.lost) for rank, sign in lost.items()}, 11.1, alive)
+    assert signs.judge(moving, 12.9, alive) is None
+    verdict = signs.judge({rank: Beat("machine", "host", 7, 3, sign.lost) for rank, sign in lost.items()}, 13.1, alive)
     assert verdict is not None
     assert verdict.sentence.startswith("rank 2 (process 7 on host): hangs")
 

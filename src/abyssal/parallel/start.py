@@ -39,7 +39,6 @@ class Launch:
     local_world_size: int
     host: str
     port: int
-    attempt: int = 0  # times that the launcher has started its processes again
     run_id: str = ""
     agent_store: bool = False  # the launcher holds the store, and it outlives the ranks
 
@@ -59,7 +58,6 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
         ("LOCAL_RANK", "0"),
         ("LOCAL_WORLD_SIZE", "1"),
         ("MASTER_PORT", "0" if environment["WORLD_SIZE"] == "1" else None),
-        ("TORCHELASTIC_RESTART_COUNT", "0"),
     ):
         value = environment.get(name, default)
         if value is None or not value.isdecimal():
@@ -76,7 +74,6 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
         local_world_size=numbers["LOCAL_WORLD_SIZE"],
         host=environment.get("MASTER_ADDR", "127.0.0.1"),
         port=numbers["MASTER_PORT"],
-        attempt=numbers["TORCHELASTIC_RESTART_COUNT"],
         run_id=environment.get("TORCHELASTIC_RUN_ID", ""),
         agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
@@ -90,7 +87,6 @@ class GroupInfo:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    attempt: int = 0
     launch_id: str = ""  # equal however often the launcher starts its processes again; none: it does not tell
 
 
@@ -153,9 +149,7 @@ def _info(launch: Launch, store: Store | None) -> GroupInfo:
     launch_id = "" if launch.run_id in NO_ID else launch.run_id
     if not launch_id and store is not None and launch.agent_store:
         launch_id = store.compare_set("launch", "", secrets.token_hex(8)).decode()
-    return GroupInfo(
-        launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.attempt, launch_id
-    )
+    return GroupInfo(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch_id)
 
 
 def _make_group(store: Store, info: GroupInfo, timeout_s: float) -> None:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 GRACE_S = 5.0
 #: Signs of life that a rank gives within the time after which it counts as silent.
 BEATS = 15
+#: After so many times that time a rank is blamed that lives, but does not miss the others: a silent one is known by then.
+HANG = 1.2
+#: And for so many times that time a rank that misses others waits for the verdict.
+WAIT = 1.5
 WAY_OUT = "started again, the run goes on from its newest training state"
 _VERDICT = "verdict"
 
@@ -89,7 +93,7 @@ class Signs:
         if len(there) == len(self.seen):
             return None
         self._first_loss = self._first_loss or now
-        if there and now - self._first_loss > self.silence_s:
+        if there and now - self._first_loss > HANG * self.silence_s:
             return self._verdict(there[0], "hangs: it lives, but does not come to where the others wait for it")
         return None
 
@@ -150,7 +154,7 @@ class Watch:
         """
         self._lost = True
         self._wake.set()
-        deadline = time.monotonic() + self.silence_s + GRACE_S
+        deadline = time.monotonic() + WAIT * self.silence_s
 
         def hurry(number: int, frame: FrameType | None) -> None:
             nonlocal deadline
@@ -227,7 +231,7 @@ class Watch:
 
     def _pass(self, verdict: Verdict) -> bool:
         """Make this the verdict unless there is one already."""
-        text = json.dumps({**asdict(verdict), "by": self.rank})
+        text = json.dumps({**asdict(verdict), "by": self.rank})  # so that two ranks' are never equal
         return self.store.compare_set(_VERDICT, "", text).decode() == text
 
 
