@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 GRACE_S = 5.0
 #: Signs of life that a rank gives within the time after which it counts as silent.
 BEATS = 15
-#: After so many times that time a rank is blamed that lives, but does not miss the others: a silent one is known by then.
+#: A rank that lives, but does not miss the others, is blamed after so many times that time: silent ones come first.
 HANG = 1.2
 #: And for so many times that time a rank that misses others waits for the verdict.
 WAIT = 1.5
