@@ -51,7 +51,7 @@ class NaiveCore:
         k_c, v = kv.split((cfg.qk_nope_head_dim, cfg.v_head_dim), -1)  # eq. 2, 5
         k = torch.cat((k_c, k_r[:, None].expand(-1, heads, -1)), -1)  # [T, H, N+R]  eq. 4
         q = torch.cat((q_c, q_r), -1)  # [T, H, N+R]  eq. 9
-        return self.kernel(q, k, v, ctx.lengths, cfg.softmax_scale)  # eq. 10
+        return self.kernel(q, k, v, ctx.lengths, ctx.lengths, cfg.softmax_scale)  # eq. 10
 
 
 class AbsorbedCore:
