@@ -52,9 +52,16 @@ def test_the_dense_network_equals_the_definition(seed: int, reference: Any, draw
 
 @pytest.mark.parametrize("kernel", [expert_ffn, segmented_expert_ffn])
 @pytest.mark.parametrize("offset", [0.0, -3.0], ids=["mixed", "all_negative"])
+@pytest.mark.parametrize("balance_lengths", [None, (1, sum(LENGTHS) - 1)], ids=["as_attention", "apart"])
 @pytest.mark.parametrize("seed", range(8), ids="seed{}".format)
 def test_the_mixture_equals_the_definition(
-    seed: int, offset: float, kernel: Any, reference: Any, draw_config: Any, build: Any
+    seed: int,
+    balance_lengths: tuple[int, ...] | None,
+    offset: float,
+    kernel: Any,
+    reference: Any,
+    draw_config: Any,
+    build: Any,
 ) -> None:
     """Routed and shared experts, the load, and the balance loss through its gradient."""
     config = draw_config(seed, first_k_dense_replace=0)
@@ -66,11 +73,17 @@ def test_the_mixture_equals_the_definition(
     weights = {**dict(mlp.named_parameters()), **dict(mlp.named_buffers())}
     statistics = RouterStatistics()
     alpha = 0.7
-    ctx = replace(Context.packed(LENGTHS), statistics=statistics, balance_weight=alpha / len(LENGTHS))
+    sequences = balance_lengths or LENGTHS
+    ctx = replace(
+        Context.packed(LENGTHS),
+        statistics=statistics,
+        balance_weight=alpha / len(sequences),
+        balance_lengths=balance_lengths,
+    )
     out = run(mlp, hidden, ctx)
     pairs = [reference.mixture(u, weights, "", config) for u in hidden]
     expected = torch.stack([value for value, _ in pairs])
-    losses = [reference.balance_loss(list(part), weights, "", config) for part in hidden.split(LENGTHS)]
+    losses = [reference.balance_loss(list(part), weights, "", config) for part in hidden.split(sequences)]
     mean = sum(losses) / len(losses)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     assert statistics.expert_load[0].tolist() == [

@@ -36,9 +36,9 @@ def use_latent_cache(model: Transformer) -> None:
     The main layers share one cache; each MTP module is the only layer of a cache of its own.
     """
     main_layers = model.config.num_hidden_layers
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in model.model.layers.items():
         place = number if number < main_layers else 0
-        layer.self_attn.core = AbsorbedCore(model.config, place, model.kernels.latent_attention)  # type: ignore[union-attr]
+        layer.self_attn.core = AbsorbedCore(model.config, place, model.kernels.latent_attention)
 
 
 def dispatch_plainly(model: Transformer) -> None:

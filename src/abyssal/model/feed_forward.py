@@ -128,7 +128,8 @@ class MixtureOfExperts(nn.Module):
             top_k=cfg.num_experts_per_tok,
         )  # [T, K]  eq. 16
         if ctx.balance_weight:
-            losses = balance_loss(scores, ctx.lengths, cfg.num_experts_per_tok)  # [sequences]  eq. 17
+            lengths = ctx.balance_lengths or ctx.lengths
+            losses = balance_loss(scores, lengths, cfg.num_experts_per_tok)  # [sequences]  eq. 17
             scores = inject_loss(scores, ctx.balance_weight * losses.sum())
             if ctx.statistics is not None:
                 ctx.statistics.balance_loss[self.layer] = losses.detach().mean()
