@@ -19,10 +19,8 @@ from abyssal.model.dispatcher import Dispatcher, InFlight, LocalDispatcher
 from abyssal.model.layers import Linear
 from abyssal.ops.balance_loss import balance_loss, inject_loss
 from abyssal.ops.experts import CastExperts, Experts
-from abyssal.ops.experts import Experts
 from abyssal.ops.linear import WeightGradients
 from abyssal.ops.permute import count_experts
-from abyssal.ops.permute import expert_order, from_experts, to_experts
 from abyssal.ops.routing import affinities, choose_experts, gate_weights
 from abyssal.ops.swiglu import swiglu
 

@@ -197,13 +197,11 @@ def segmented_expert_ffn(
     deferred: WeightGradients | None = None,
 ) -> Tensor:
     """`expert_ffn` with a backward of its own, linear in the number of experts; first derivatives only."""
-    stacks, puts = (gate_up, down), (None, None)
-    if deferred is not None and rows.requires_grad:  # autograd does not see the weights
-        stacks = (gate_up.detach(), down.detach())
-        puts = (partial(deferred.put, gate_up), partial(deferred.put, down))
-    return _SegmentedExperts.apply(  # type: ignore[no-any-return, no-untyped-call]
-        rows.contiguous(), weights.contiguous(), counts, *stacks, *puts
-    )
+    operands = rows.contiguous(), weights.contiguous(), counts
+    if deferred is None or not rows.requires_grad:
+        return _SegmentedExperts.apply(*operands, gate_up, down, None, None)  # type: ignore[no-any-return, no-untyped-call]
+    puts = partial(deferred.put, gate_up), partial(deferred.put, down)
+    return _SegmentedExperts.apply(*operands, gate_up.detach(), down.detach(), *puts)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class CastExperts:

@@ -55,7 +55,9 @@ class WeightGradients:
         """Make every gradient that waits, in the order of the backward pass, and add each to its parameter's."""
         waiting, self._waiting = self._waiting, []
         for weight, product in waiting:
-            torch.autograd.backward(weight, product())
+            with torch.no_grad():
+                gradient = product()
+            torch.autograd.backward(weight, gradient)
 
 
 def linear(x: Tensor, weight: Tensor, deferred: WeightGradients | None = None) -> Tensor:
