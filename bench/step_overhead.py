@@ -34,7 +34,7 @@ import torch.multiprocessing as mp
 from abyssal.checkpoint.agreement import Agreement
 from abyssal.config import RunConfig, load_recipe
 from abyssal.machine.describe import available_cores
-from abyssal.machine.probe import choose_compute_dtype, measure
+from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
 from abyssal.parallel.layout import lay_out
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.ranks import ALONE, Ranks
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what a run would choose here")
     arguments = parser.parse_args()
-    dtype = arguments.dtype or str(choose_compute_dtype(measure()).dtype).removeprefix("torch.")
+    dtype = arguments.dtype or str(choose_compute_dtype(measure_matmul()).dtype).removeprefix("torch.")
     figures: dict[str, Any] = {"dtype": dtype}
     for world_size in arguments.ranks:
         with socket.socket() as listener:
