@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 
 from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
-from abyssal.checkpoint.shards import fill_initial
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError, UsageError
 from abyssal.machine.allocator import keep_freed_memory
 from abyssal.machine.describe import available_cores
 from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
-from abyssal.model import Transformer
+from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from abyssal.parallel.apply import parallelise
 from abyssal.parallel.layout import RankLayout, lay_out
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.placements import local_shard
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.step import train_step
 
@@ -51,7 +51,7 @@ def shape_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
 
 def initial_weights(model: Transformer, config: RunConfig) -> None:
     """Fill a model in place with the weights that the run begins with."""
-    fill_initial(model, config.seed)
+    initialise(model, config.seed, local_shard)
     reader = open_initial_weights(config)
     if reader is not None:  # MTP modules that the directory lacks keep their initial weights
         load_into(model, reader, allow_missing_mtp=True)
