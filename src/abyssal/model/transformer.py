@@ -18,6 +18,7 @@ from abyssal.model.layers import Linear, RMSNorm
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.rope import rotary_tables
 from abyssal.model.stage import Stage
+from abyssal.ops.embedding import embed
 from abyssal.ops.kernels import Kernels
 
 
@@ -29,9 +30,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map ids [T] to [T, D]."""
-        return F.embedding(tokens, self.weight)
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Map ids [T] to [T, D] in `dtype`."""
+        return embed(tokens, self.weight, dtype)
 
 
 class Layers(nn.Module):
@@ -109,7 +110,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Map ids [T] to [T, D] in the compute dtype."""
-        return self.model.embed_tokens(tokens).to(self.compute_dtype)  # type: ignore[no-any-return]
+        return self.model.embed_tokens(tokens, self.compute_dtype)  # type: ignore[no-any-return]
 
     def with_rotary(self, ctx: Context) -> Context:
         """Return `ctx` with the rotary tables of its positions, in at least fp32."""

@@ -67,7 +67,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_weight is not None:
                 d_weight += torch.mm(logits.T, h)
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -75,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else (d_hidden * grad).to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
+            None if d_weight is None else d_weight * grad,
             None,
         )
 
