@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
-from abyssal.checkpoint.shards import fill_initial
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError, UsageError
-from abyssal.model import Transformer
+from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from abyssal.parallel.apply import parallelise
 from abyssal.parallel.layout import RankLayout, lay_out
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.placements import local_shard
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.optimizer import Optimizers, build_optimizer
 
 
@@ -41,7 +41,7 @@ def build_run(config: RunConfig, device: torch.device, ranks: Ranks = ALONE, *, 
     Raises:
         UsageError, ConfigError, ModelDirectoryError: see `lay_out_run` and `open_initial_weights`.
     """
-    layout = lay_out_run(config, ranks, planned=on_meta)
+    layout = lay_out_run(config, ranks.world_size, ranks.local_world_size, planned=on_meta)
     model = shape_model(config, device)
     model.to(torch.promote_types(model.compute_dtype, torch.float32))  # precision of the master weights
     mesh = Mesh.over(layout, device) if ranks.world_size > 1 else None
@@ -53,22 +53,24 @@ def build_run(config: RunConfig, device: torch.device, ranks: Ranks = ALONE, *, 
     return BuiltRun(layout, model, build_optimizer(model, config.optimizer, mesh))
 
 
-def lay_out_run(config: RunConfig, ranks: Ranks, *, planned: bool = False) -> RankLayout:
-    """Give each rank its place; a layout that is only `planned` may be one that is not executed yet.
+def lay_out_run(config: RunConfig, world_size: int, node_size: int, *, planned: bool = False) -> RankLayout:
+    """Lay a run over `world_size` ranks, `node_size` on each node unless the recipe says.
+
+    A layout that is only `planned` may be one that is not executed yet.
 
     Raises:
         UsageError: the run cannot be laid over so many ranks; names what could.
     """
-    layout = lay_out(config.parallel, config.model, ranks.world_size, ranks.local_world_size)
+    layout = lay_out(config.parallel, config.model, world_size, node_size)
     if layout.pp_size > 1 and not planned:
         raise UsageError(
             f"parallel.pp_size={layout.pp_size}: pipelines are planned (`abyssal plan`) and dry-run "
             "(`abyssal train --dry-run`), not executed yet; allowed here: 1"
         )
-    if ranks.world_size > 1 and config.train.time_budget_s is not None:
+    if world_size > 1 and config.train.time_budget_s is not None:
         raise UsageError(
             f"train.time_budget_s={config.train.time_budget_s:g}: measures one process, but this run has "
-            f"{ranks.world_size} ranks; give train.tokens, and remove the budget (unset)"
+            f"{world_size} ranks; give train.tokens, and remove the budget (unset)"
         )
     sizes, multiple = config.schedule.batch_size, config.train.batch_multiple
     constant = all(segment.to in (None, sizes.start) for segment in sizes.segments)
@@ -93,7 +95,7 @@ def shape_model(config: RunConfig, device: torch.device) -> Transformer:
 
 def fill_weights(model: Transformer, config: RunConfig) -> None:
     """Fill a model in place with the weights that the run begins with."""
-    fill_initial(model, config.seed)
+    initialise(model, config.seed, local_shard)
     reader = open_initial_weights(config)
     if reader is not None:  # MTP modules that the directory lacks keep their initial weights
         load_into(model, reader, allow_missing_mtp=True)

@@ -14,7 +14,7 @@ from abyssal.checkpoint.writer import StateWriter
 from abyssal.config import RunConfig
 from abyssal.config.resume import resumed_changes
 from abyssal.parallel.layout import describe
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.build import lay_out_run, open_initial_weights
 from abyssal.train.evaluation import Score, score_documents
 from abyssal.train.export import export_model
@@ -42,7 +42,7 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE,
         Stopped: a signal asked for it; what was done is saved.
     """
     folder, recipe = RunFolder(path), config
-    lay_out_run(config, ranks)  # ranks that do not fit are refused before anything is written, as is a wrong init_from
+    lay_out_run(config, ranks.world_size, ranks.local_world_size)  # refused before anything is written, as is init_from
     ranks.first(folder.refuse_another)
     open_initial_weights(config)
     ranks.first(lambda: prepare_inputs(config, folder.data(config), console))
@@ -72,7 +72,7 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: R
         before = RunConfig.parse(read_progress(newest, group=ranks.control).get("recipe", {}), source=str(newest))
     source = f"--set {' '.join(overrides)}" if overrides else str(folder.recipe)
     _say(console, resumed_changes(before, config, source))
-    lay_out_run(config, ranks)
+    lay_out_run(config, ranks.world_size, ranks.local_world_size)
     config, sentences = ranks.first(lambda: resolve(config, _device(), ranks))
     _say(console, sentences)
     if overrides:

@@ -7,10 +7,10 @@ import time
 import torch
 
 from abyssal.config import RunConfig
+from abyssal.machine.allocator import keep_freed_memory
 from abyssal.machine.describe import available_cores
-from abyssal.machine.memory import keep_freed_memory
-from abyssal.machine.probe import choose_compute_dtype, measure
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.build import build_run
 from abyssal.train.step import train_step
 
@@ -30,7 +30,7 @@ def resolve(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> tu
         sentences.append(f"threads: {config.train.threads}")
     set_threads(config.train.threads)
     if config.train.compute_dtype == "auto":
-        choice = choose_compute_dtype(measure(device=device.type))
+        choice = choose_compute_dtype(measure_matmul(device=device.type))
         config = _with_train(config, compute_dtype=str(choice.dtype).removeprefix("torch."))
         sentences.append(choice.reason)
     if config.train.time_budget_s is not None:
@@ -79,4 +79,4 @@ def peak_flops(config: RunConfig, device: torch.device) -> float:
     """Return the measured matmul peak of the compute dtype, FLOP/s, which MFU is stated against."""
     dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
     measured = torch.float32 if dtype == torch.float64 else dtype
-    return measure([measured], device=device.type).gflops[measured] * 1e9
+    return measure_matmul([measured], device=device.type).gflops[measured] * 1e9

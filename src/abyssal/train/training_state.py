@@ -12,7 +12,7 @@ from abyssal.checkpoint.state import load_state, remove_state, states
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
 from abyssal.errors import TrainingError
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.average import WeightAverage
 from abyssal.train.build import build_run, fill_weights
 from abyssal.train.guard import Guard

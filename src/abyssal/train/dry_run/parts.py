@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -16,10 +17,12 @@ from abyssal.config import ModelConfig, RunConfig
 from abyssal.model import Transformer
 from abyssal.model.feed_forward import StackedExperts
 from abyssal.model.layers import Linear
-from abyssal.parallel.apply import copies, local, policies
+from abyssal.parallel.apply import policies
 from abyssal.parallel.fake_ranks import fake_ranks
 from abyssal.parallel.layout import RankLayout
-from abyssal.parallel.ranks import Ranks
+from abyssal.ranks.launch import Launch
+from abyssal.ranks.placements import copies, local
+from abyssal.ranks.ranks import Ranks
 from abyssal.train.build import build_run
 
 EMBEDDING, DENSE, MOE, HEAD, MTP = "embedding", "dense block", "MoE block", "norm and head", "MTP module"
@@ -79,8 +82,9 @@ def build_parts(config: RunConfig, layout: RankLayout, rank: int = 0) -> dict[st
     The model is cut to one block of each kind, and then built as in a real run (`build_run`). Ranks of different stages
     with the same place in them hold the same of a part.
     """
-    ranks = Ranks(rank, layout.world_size, layout.node_size)
-    with fake_ranks(layout.world_size, rank) if layout.world_size > 1 else nullcontext():
+    many = layout.world_size > 1
+    with fake_ranks(layout.world_size, rank) if many else nullcontext():
+        ranks = Ranks(dist.group.WORLD if many else None, launch=Launch(local_world_size=layout.node_size))
         short = config.model_copy(update={"model": one_block_of_each_kind(config.model)})
         run = build_run(short, torch.device("cpu"), ranks, on_meta=True)
         model, moments = run.model, run.optimizer.tensors(dict(run.model.named_parameters()))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from abyssal.config import RunConfig
 from abyssal.parallel.layout import RankLayout
-from abyssal.parallel.ranks import Ranks
 from abyssal.train.build import lay_out_run
 from abyssal.train.dry_run.cost import BatchShare, Memory, StepCommunication, communication_of, memory_of
 from abyssal.train.dry_run.parts import EMBEDDING, MTP, ModelPart, build_parts
@@ -67,7 +66,7 @@ def dry_run(config: RunConfig, world_size: int) -> DryRun:
     if config.train.compute_dtype == "auto":
         train = config.train.model_copy(update={"compute_dtype": "bfloat16"})
         config = config.model_copy(update={"train": train})
-    layout = lay_out_run(config, Ranks(0, world_size, NODE_SIZE), planned=True)
+    layout = lay_out_run(config, world_size, NODE_SIZE, planned=True)
     sequences = config.batch_size_at(config.train.tokens) // layout.dp_size
     size = config.train.micro_batch_size
     share = BatchShare(sequences, -(-sequences // size), config.train.sequence_length)
