@@ -123,6 +123,7 @@ def begin_step(model: Transformer, config: ParallelConfig, deferred: WeightGradi
             if config.zero_stage < 3 or unit is model:
                 unit.unshard()
             _sum_gradients_widely(unit)
+        begin_micro_batch(model, config, last=False)
     if not isinstance(model, FSDPModule) or deferred is not None:
         prepare_weights(model, deferred)
 
@@ -144,9 +145,10 @@ def _sum_gradients_widely(unit: FSDPModule) -> None:
 
 
 def begin_micro_batch(model: nn.Module, config: ParallelConfig, *, last: bool) -> None:
-    """Say, before a forward pass, whether its backward pass is the step's last, at whose end gradients are reduced.
+    """Say, before a forward pass, whether its backward pass is the step's last, and to reduce gradients while it runs.
 
-    ZeRO-1 keeps gradients and weights whole until then, ZeRO-2 only the weights.
+    ZeRO-1 keeps gradients and weights whole until then, ZeRO-2 only the weights. Where steps are called apart or
+    gradients deferred no pass is known as the last, and `end_step` does it.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or config.zero_stage > 1)
