@@ -14,9 +14,10 @@ from torch import Tensor
 from abyssal.config import ModelConfig
 from abyssal.config.parallel import ParallelConfig
 from abyssal.model import Block, Context, RouterStatistics, Transformer
-from abyssal.parallel.apply import local, spread_experts
+from abyssal.parallel.apply import spread_experts
 from abyssal.parallel.layout import RankLayout
 from abyssal.parallel.mesh import Mesh
+from abyssal.ranks.placements import local
 from ranks import run_ranks
 from ranks.cut import BORDERS, CUTS, cut_block, interleave
 from ranks.spread import SHAPE
