@@ -33,6 +33,7 @@ MICRO_BATCHES = 3
 RANKS = 4
 BF16 = torch.bfloat16
 Gradients = dict[str, Tensor]
+Forward = Callable[[Transformer, Tensor, Context], Tensor]
 
 
 def build(dtype: torch.dtype, config: ParallelConfig | None = None) -> Transformer:
@@ -62,7 +63,7 @@ def by_steps(model: Transformer, tokens: Tensor, ctx: Context) -> Tensor:
 def run_step(
     model: Transformer,
     config: ParallelConfig,
-    forward: Callable[[Transformer, Tensor, Context], Tensor] = by_calls,
+    forward: Forward = by_calls,
     deferred: WeightGradients | None = None,
 ) -> None:
     """Leave the gradients of a step over several micro-batches, other ones on every rank, in the parameters."""
@@ -107,25 +108,35 @@ def assert_equal(found: Gradients, expected: Gradients, where: object) -> None:
 
 
 class Casts(TorchDispatchMode):
-    """Counts casts of each parameter's memory, whole or a part of it, to the compute dtype."""
+    """Counts how often memory of a parameter, whole or a part of it, is cast to bf16.
+
+    `others` are casts of something else that has the shape of a whole weight, as a gathered one would.
+    """
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.owners = {local(p).untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
-        weights = [p for module in weighted_modules(model) for p in module.parameters()]
-        self.shapes = {p.shape for p in weights} | {local(p).shape for p in weights}
+        self.shapes = {p.shape for module in weighted_modules(model) for p in module.parameters()}
         self.counts: Counter[str] = Counter()
         self.others: list[torch.Size] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype and result.dtype == BF16:
-            owner = self.owners.get(args[0].untyped_storage().data_ptr())
-            if owner is not None:
-                self.counts[owner] += 1
-            elif result.shape in self.shapes:
-                self.others.append(result.shape)
+        if func is torch.ops.aten._to_copy.default:
+            self.note(args[0], result)
+        elif func is torch.ops.aten._foreach_copy_.default:  # FSDP casts so, into what it sends
+            for target, source in zip(*args[:2], strict=True):
+                self.note(source, target)
         return result
+
+    def note(self, source: Tensor, result: Tensor) -> None:
+        if source.dtype == result.dtype or result.dtype != BF16:
+            return
+        owner = self.owners.get(source.untyped_storage().data_ptr())
+        if owner is not None:
+            self.counts[owner] += 1
+        elif result.shape in self.shapes:
+            self.others.append(result.shape)
 
 
 def count_casts(config: ParallelConfig, model: Transformer) -> tuple[Counter[str], list[torch.Size]]:
@@ -163,6 +174,14 @@ def test_outside_a_step_a_weight_is_cast_on_use_and_follows_every_change(dtype: 
         assert not torch.equal(model(tokens, ctx), before)
 
 
+#: Forward passes and where gradients are left.
+APART: tuple[tuple[Forward, WeightGradients | None], ...] = (
+    (by_calls, WeightGradients()),
+    (by_steps, None),
+    (by_steps, WeightGradients()),
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, BF16], ids=str)
 def test_one_process_gives_the_same_gradients_by_steps_and_deferred(dtype: torch.dtype) -> None:
     model, config = build(dtype), ParallelConfig()
@@ -184,21 +203,20 @@ def on_ranks() -> dict[str, Any]:
             model = build(BF16, config)
             where = f"ep {ep_size}, ZeRO-{zero_stage}"
             names = prepared_names(model)
-            counts, others = count_casts(config, model)
-            found["casts", where] = {name: counts[name] for name in names}, others
-            found["router", where] = {name: n for name, n in counts.items() if "mlp.gate" in name}
+            run_step(model, config)  # after which FSDP no longer moves its shards
             expected = gradients(model)
-            run_step(model, config)
+            counts, others = count_casts(config, model)
             assert_equal(gradients(model), expected, where)  # from shards again, as at the first step
-            if zero_stage < 3:
-                for forward in (by_calls, by_steps):
-                    for deferred in (None, WeightGradients()):
-                        if forward is by_calls and deferred is None:
-                            continue
-                        run_step(model, config, forward, deferred)
-                        if zero_stage == 1:
-                            assert_equal(gradients(model), expected, (where, forward, deferred))
-            found["gradients", where] = expected if zero_stage == 1 or ep_size == 2 else None
+            found["casts", where] = {name: counts[name] for name in names}, others
+            found["router", where] = {name: n for name, n in counts.items() if ".mlp.gate." in name}
+            for forward, deferred in APART if zero_stage < 3 else ():
+                run_step(model, config, forward, deferred)
+                # ZeRO-2 reduces at other times, so sums are rounded otherwise
+                close = {"rtol": 0.0, "atol": 0.0} if zero_stage == 1 else {"rtol": 1e-4, "atol": 1e-5}
+                for name, gradient in gradients(model).items():
+                    torch.testing.assert_close(
+                        gradient, expected[name], **close, msg=lambda t, w=(where, forward, name): f"{w}: {t}"
+                    )
     return found
 
 
@@ -209,10 +227,10 @@ def test_ranks_cast_once_a_step_and_reduce_what_is_left_at_its_end() -> None:
             for ep_size in (1, 2):
                 where = f"ep {ep_size}, ZeRO-{zero_stage}"
                 counts, others = rank["casts", where]
-                assert len(counts) > 20
+                assert {"lm_head.weight", "model.layers.2.mlp.experts.down_proj"} <= counts.keys()
                 assert others == [], where
                 assert rank["router", where] == {}
-                if zero_stage < 3:
-                    assert set(counts.values()) == {1}, (where, counts)
-                else:
-                    assert set(counts.values()) <= {1, 2 * MICRO_BATCHES}, (where, counts)
+                least = most = 1
+                if zero_stage == 3:  # once in each pass; blocks in each backward pass too, and at times to look ahead
+                    least, most = MICRO_BATCHES, 3 * MICRO_BATCHES
+                assert {name: n for name, n in counts.items() if not least <= n <= most} == {}, where

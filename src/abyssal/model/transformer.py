@@ -20,6 +20,7 @@ from abyssal.model.rope import rotary_tables
 from abyssal.model.stage import Stage
 from abyssal.ops.embedding import embed
 from abyssal.ops.kernels import Kernels
+from abyssal.ops.linear import CastWeight
 
 
 class Embedding(nn.Module):
@@ -105,8 +106,11 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head's weight [V, D]: its own, or the embedding's where they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        """The output head's weight [V, D], cast if it was prepared so: its own, or the embedding's if they are tied."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        prepared = self.lm_head.prepared
+        return prepared.weight if isinstance(prepared, CastWeight) else self.lm_head.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Map ids [T] to [T, D] in the compute dtype."""

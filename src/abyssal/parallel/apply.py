@@ -90,6 +90,7 @@ def shard(model: Transformer, config: ParallelConfig, mesh: Mesh) -> None:
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+        unit.set_unshard_in_backward(again)  # else FSDP, looking ahead, would gather once more what was just let go
 
 
 def policies(compute_dtype: torch.dtype) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
