@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from abyssal.ops.version import Version, on_cpu
+
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -138,3 +140,6 @@ def segmented_expert_ffn(rows: Tensor, weights: Tensor, counts: Tensor, gate_up:
     return _SegmentedExperts.apply(  # type: ignore[no-any-return, no-untyped-call]
         rows.contiguous(), weights.contiguous(), counts, gate_up, down
     )
+
+
+VERSIONS = (Version(segmented_expert_ffn, why_not=on_cpu), Version(expert_ffn))

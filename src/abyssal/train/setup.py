@@ -42,7 +42,7 @@ def shape_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
     """
     dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
     with torch.device("meta"):
-        model = Transformer(config.model, choose_kernels(device, dtype), compute_dtype=dtype)
+        model = Transformer(config.model, choose_kernels(device, dtype, "train"), compute_dtype=dtype)
     model.to(torch.promote_types(dtype, torch.float32))
     if mesh is not None:
         parallelise(model, config.parallel, mesh)
