@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from abyssal.ops.linear import linear
 from abyssal.ops.version import Version, decode_only, why_not_bfloat16_products
 
 EXACT = 16  # more rows are rounded up, since each new number of rows costs the library a kernel, which it keeps
@@ -90,11 +91,6 @@ def _activate(pre: Tensor, weights: Tensor) -> Tensor:
     """SwiGLU times the routing weight, in the weights' dtype: [m, 2F] -> [m, F] in pre's."""
     gate, up = pre.to(weights.dtype).chunk(2, -1)
     return F.silu(gate).mul_(up).mul_(weights[:, None]).to(pre.dtype)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The definition: x W^T for x [M, in] and W [out, in] in one dtype."""
-    return F.linear(x, weight)
 
 
 VERSIONS = (
