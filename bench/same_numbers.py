@@ -118,7 +118,7 @@ class Tree:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "abyssal", "serve", str(model), "--port", str(port), "--name", "m"]
         process = subprocess.Popen(
-            [*command, "--dtype", "float32", "--threads", "1"],
+            [*command, "--dtype", "float32", "--threads", "1", "--drafts", "0"],  # drafts elsewhere depend on their pay
             env=self.environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -209,13 +209,11 @@ def texts_of(tree: Tree, model: Path, folder: Path) -> dict[str, str]:
     found["fill in the middle"] = tree.run("generate", str(model), "--prompt", "def x", *fixed, *suffix)
     lines = folder / "prompts.jsonl"
     lines.write_text("".join(json.dumps({"id": str(i), "prompt": p}) + "\n" for i, p in enumerate(PROMPTS * 3)))
-    for name, options in (("batch", []), ("batch_drafts", ["--speculate"])):
-        answers = folder / f"{name}.jsonl"
-        batch = ["--input", str(lines), "--output", str(answers), "--seed", "3", "--temperature", "0.8"]
-        tree.run("generate", str(model), *batch, *fixed, *options)
-        for line in sorted(answers.read_text().splitlines()):
-            answer = json.loads(line)
-            found[f"{name}: {answer.get('id')}"] = line
+    answers = folder / "batch.jsonl"
+    batch = ["--input", str(lines), "--output", str(answers), "--seed", "3", "--temperature", "0.8", "--drafts", "0"]
+    tree.run("generate", str(model), *batch, *fixed)
+    for line in sorted(answers.read_text().splitlines()):
+        found[f"batch: {json.loads(line).get('id')}"] = line
     return found
 
 
