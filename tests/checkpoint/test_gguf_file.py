@@ -18,8 +18,8 @@ from abyssal.checkpoint.gguf_config import unsayable
 from abyssal.checkpoint.gguf_file import write_gguf
 from abyssal.config import RopeScaling
 from abyssal.errors import ModelDirectoryError, UsageError
-from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 
 YARN = RopeScaling(factor=8.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.7)
 VARIANTS = {

@@ -13,9 +13,7 @@ from torch.distributed.tensor import DTensor
 from abyssal.checkpoint.pieces import leaves
 from abyssal.checkpoint.state import save_state
 from abyssal.config import RunConfig, load_recipe
-from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import Ranks
-from abyssal.train.setup import fit
+from abyssal.ranks.ranks import Ranks
 from abyssal.train.step import train_step
 from abyssal.train.training_state import TrainingState
 from ranks import run_ranks
@@ -50,9 +48,7 @@ class Run:
         fields = FIELDS | layout | {"train.compute_dtype": dtype}
         self.config: RunConfig = load_recipe("demo", [f"{name}={value}" for name, value in fields.items()])
         assert self.config.optimizer.name == "muon"
-        device, placed = torch.device("cpu"), fit(self.config, ranks)
-        mesh = Mesh.over(placed, device) if ranks.world_size > 1 else None
-        self.ranks, self.state = ranks, TrainingState(self.config, device, ranks, mesh)
+        self.ranks, self.state = ranks, TrainingState(self.config, torch.device("cpu"), ranks)
 
     def train(self, until: int) -> list[float]:
         """Make the steps that are left until then; returns their losses."""
@@ -77,7 +73,7 @@ class Run:
 def _train(root: Path) -> None:
     """Train in every layout from the beginning, in the last one in fp32 too; write the first one's state on the way."""
     dist.init_process_group("gloo")
-    ranks, found = Ranks.joined(), {}
+    ranks, found = Ranks.of_world(), {}
     for name, layout in LAYOUTS.items():
         run = Run("float64", layout, ranks)
         losses = run.train(SAVED)
@@ -95,7 +91,7 @@ def _train(root: Path) -> None:
 def _go_on(root: Path) -> None:
     """Read that state in other layouts, and train on."""
     dist.init_process_group("gloo")
-    ranks, found, saved = Ranks.joined(), {}, torch.load(root / "saved.pt")
+    ranks, found, saved = Ranks.of_world(), {}, torch.load(root / "saved.pt")
     for name in list(LAYOUTS)[1:]:
         found[name] = go_on(Run("float64", LAYOUTS[name], ranks), root, saved)
     if ranks.is_first:

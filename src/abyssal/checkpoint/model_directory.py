@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.atomic import atomic_directory, free_space_check, remove_stale
 from abyssal.checkpoint.file_plan import write_json
 from abyssal.checkpoint.fit import Fit, compare
@@ -33,12 +32,13 @@ from abyssal.checkpoint.layout import (
     split_shard,
 )
 from abyssal.checkpoint.safetensors_files import FP8, INDEX, SINGLE, Header, TensorFiles, read_headers
-from abyssal.checkpoint.shards import local_shard
 from abyssal.checkpoint.write_weights import plan_weights
 from abyssal.config import ModelConfig
 from abyssal.config.quantization import BlockFP8
 from abyssal.errors import ConfigError, ModelDirectoryError
 from abyssal.ops.block_fp8 import BLOCK, dequantise_blocks, scale_rows
+from abyssal.ranks.placements import local_shard
+from abyssal.ranks.ranks import Ranks
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -86,8 +86,8 @@ def write_model_directory(
         ModelDirectoryError: the tensors are not those of `config` or not finite, a tokenizer file is missing, `path`
             holds something else, or the disk refused. What stood at `path` is untouched.
     """
-    ranks = Agreement(group)
-    if ranks.size > 1 and dtype == torch.float8_e4m3fn:
+    ranks = Ranks(group)
+    if ranks.world_size > 1 and dtype == torch.float8_e4m3fn:
         raise ModelDirectoryError(
             f"{path}: blocks of FP8 weights lie across ranks, so one process writes them; write bfloat16 here, which "
             "`abyssal convert` makes FP8"
@@ -267,7 +267,7 @@ def load_into(
         targets.pop(HEAD, None)
     shapes = {name: tuple(target.shape) for name, target in targets.items()}
     fit = reader.fit(shapes, allow_missing_mtp=allow_missing_mtp)
-    ranks = Agreement(group)
+    ranks = Ranks(group)
 
     def look() -> list[str]:
         fit.read_values(reader.stored, _own_rows(targets))
