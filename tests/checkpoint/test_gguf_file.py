@@ -418,7 +418,7 @@ def test_a_full_disk_leaves_nothing(directory, target, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("abyssal.checkpoint.atomic.os.fsync", full)
+    monkeypatch.setattr("abyssal.files.flush.os.fsync", full)
     with pytest.raises(ModelDirectoryError, match=r"cannot write the GGUF file \(No space left on device; free some"):
         write_gguf(source, target)
     assert list(target.parent.iterdir()) == []
@@ -426,7 +426,7 @@ def test_a_full_disk_leaves_nothing(directory, target, monkeypatch):
 
 def test_too_little_room_is_told_before_anything_is_written(directory, target, monkeypatch):
     source = directory()
-    monkeypatch.setattr("abyssal.checkpoint.atomic.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr("abyssal.files.faults.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(ModelDirectoryError, match=r"model\.gguf: needs \d\.\d\d GiB, but 0\.00 GiB are free"):
         write_gguf(source, target)
     assert list(target.parent.iterdir()) == []

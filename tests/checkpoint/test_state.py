@@ -27,6 +27,7 @@ from abyssal.checkpoint.state import (
     states,
 )
 from abyssal.errors import CheckpointError
+from abyssal.files.checksums import sha256
 
 PROGRESS = {"step": 3, "sequences": 17, "tokens": 4099, "loss": 0.1 + 0.2}
 
@@ -53,7 +54,7 @@ def equal(first: dict, second: dict) -> bool:
 
 def rewrite_checksums(path: Path) -> None:
     """Make the checksums right again, as whoever changes a file on purpose can."""
-    sums = {file.name: checksums.sha256(file) for file in path.iterdir() if file.name != "checksums.json"}
+    sums = {file.name: sha256(file) for file in path.iterdir() if file.name != "checksums.json"}
     (path / "checksums.json").write_text(checksums.render(sums), encoding="utf-8")
 
 
@@ -277,7 +278,7 @@ def test_a_full_disk_after_dcp_becomes_a_sentence(saved, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("abyssal.checkpoint.atomic.flush_tree", full)
+    monkeypatch.setattr("abyssal.files.atomic.flush_tree", full)
     with pytest.raises(CheckpointError, match=r"step-00000004: .*\(No space left on device; free some space"):
         save_state(saved.parent, 4, tensors(), PROGRESS, keep=1)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

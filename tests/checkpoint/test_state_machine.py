@@ -19,12 +19,12 @@ from abyssal.errors import CheckpointError
 STEPS = st.integers(1, 40)
 #: Where a save can fail: before DCP, inside, after it, and at the rename.
 POINTS = (
-    "abyssal.checkpoint.joint_write.free_space_check",
+    "abyssal.checkpoint.joint_write.check_free_space",
     "abyssal.checkpoint.joint_write.Writer.write_data",
     "abyssal.checkpoint.joint_write.Writer.finish",
     "abyssal.checkpoint.joint_write.sha256",
-    "abyssal.checkpoint.atomic.flush_tree",
-    "abyssal.checkpoint.atomic._put",
+    "abyssal.files.atomic.flush_tree",
+    "abyssal.files.atomic._put_in_place",
 )
 
 
@@ -57,7 +57,7 @@ class States(RuleBasedStateMachine):
     def fail(self, step: int, point: str, fault: type[BaseException]) -> None:
         error = fault(errno.ENOSPC, os.strerror(errno.ENOSPC)) if fault is OSError else fault()
         expected = CheckpointError if fault is OSError or step in self.steps else fault
-        if point.endswith("free_space_check"):
+        if point.endswith("check_free_space"):
             expected = CheckpointError if fault is OSError else fault
         with mock.patch(point, side_effect=error), pytest.raises(expected):
             save_state(self.root, step, content(step), {"step": step}, 1)

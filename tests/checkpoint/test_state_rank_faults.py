@@ -26,12 +26,12 @@ from ranks import run_ranks
 WORLD = 3
 #: Where a write can fail, and the ranks that come there.
 POINTS = {
-    "joint_write.Writer.write_data": (0, 1, 2),
-    "joint_write.sha256": (0, 1, 2),
-    "joint_write.free_space_check": (0,),
-    "joint_write.Writer.finish": (0,),
-    "atomic.flush_tree": (0,),
-    "atomic._put": (0,),
+    "checkpoint.joint_write.Writer.write_data": (0, 1, 2),
+    "checkpoint.joint_write.sha256": (0, 1, 2),
+    "checkpoint.joint_write.check_free_space": (0,),
+    "checkpoint.joint_write.Writer.finish": (0,),
+    "files.atomic.flush_tree": (0,),
+    "files.atomic._put_in_place": (0,),
 }
 
 
@@ -51,7 +51,7 @@ def plain(value: float) -> dict[str, Any]:
 
 
 def failing(point: str, effect: Any) -> Any:
-    return mock.patch(f"abyssal.checkpoint.{point}", side_effect=effect)
+    return mock.patch(f"abyssal.{point}", side_effect=effect)
 
 
 def told(action: Callable[[], Any]) -> str:
@@ -135,7 +135,7 @@ def start_again(root: Path) -> int:
         ("joint_write.Writer.write_data", 1, 1),
         ("joint_write.Writer.write_data", 0, 1),
         ("joint_write.sha256", 2, 1),
-        ("atomic._put", 0, 1),
+        ("files.atomic._put_in_place", 0, 1),
         ("state.remove_state", 0, 2),  # the new state is in its place, the old one not removed
     ],
 )

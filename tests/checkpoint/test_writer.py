@@ -51,7 +51,7 @@ def test_state_holds_what_the_tensors_were_when_it_was_asked_for(
 def test_failed_write_is_told_at_the_next_call_and_leaves_earlier_states(tmp_path: Path, call: str) -> None:
     def run() -> None:
         with StateWriter(tmp_path, keep=1) as writer:
-            with mock.patch("abyssal.checkpoint.atomic.flush_tree", side_effect=FULL):
+            with mock.patch("abyssal.files.atomic.flush_tree", side_effect=FULL):
                 writer.save(2, content(2.0), {"step": 2})
                 assert writer._thread is not None
                 writer._thread.join()
@@ -71,7 +71,7 @@ def test_failed_write_is_told_at_the_next_call_and_leaves_earlier_states(tmp_pat
 def test_fault_that_ends_the_run_is_not_hidden_by_that_of_the_writer(tmp_path: Path) -> None:
     def run() -> None:
         with (
-            mock.patch("abyssal.checkpoint.atomic.flush_tree", side_effect=FULL),
+            mock.patch("abyssal.files.atomic.flush_tree", side_effect=FULL),
             StateWriter(tmp_path, keep=1) as writer,
         ):
             writer.save(2, content(2.0), {"step": 2})

@@ -10,12 +10,6 @@ from pathlib import Path
 PROGRESS, CHECKSUMS, METADATA = "progress.json", "checksums.json", ".metadata"
 
 
-def sha256(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def render(sums: Mapping[str, str]) -> str:
     """Return the only text of `checksums.json` that stands for `sums`; `self` covers the list itself."""
     own = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from abyssal.checkpoint.atomic import os_faults
 from abyssal.checkpoint.fit import is_finite
 from abyssal.checkpoint.safetensors_files import DTYPES, Header, value_offsets
 from abyssal.errors import ModelDirectoryError
+from abyssal.files.faults import os_faults
 
 #: Bytes that one thread reads before another may take over.
 CHUNK_BYTES = 2**22

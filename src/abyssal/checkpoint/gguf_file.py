@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, size_label
 
-from abyssal.checkpoint.atomic import atomic_file, free_space_check, os_faults
 from abyssal.checkpoint.gguf_config import ARCHITECTURE, add_config, remarks, unsayable
 from abyssal.checkpoint.gguf_tensors import BF16, F32, MOST, Q8_0, GgufTensor, encode, gguf_tensors
 from abyssal.checkpoint.gguf_tokenizer import add_tokenizer
 from abyssal.checkpoint.model_directory import ModelReader, read_model_directory
 from abyssal.config import ModelConfig
-from abyssal.errors import CheckpointError, ModelDirectoryError, UsageError, nearest
+from abyssal.errors import ModelDirectoryError, UsageError, nearest
+from abyssal.files.atomic import atomic_file
+from abyssal.files.faults import check_free_space, os_faults
 
 #: What matrices can be written in, and llama.cpp's number for a file of mostly that.
 DTYPES = {
@@ -63,10 +64,7 @@ def write_gguf(
     total = sum(tensor.nbytes for tensor in tensors)
     with os_faults(ModelDirectoryError, target, "write the GGUF file"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            free_space_check(target, total)
-        except CheckpointError as error:
-            raise ModelDirectoryError(str(error)) from None
+        check_free_space(target, total, ModelDirectoryError)
         with atomic_file(target) as staging:
             writer = GGUFWriter(staging, ARCHITECTURE)
             try:

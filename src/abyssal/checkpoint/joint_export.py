@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from abyssal.checkpoint.agreement import Agreement
-from abyssal.checkpoint.atomic import os_faults
 from abyssal.checkpoint.file_plan import PlannedFile
 from abyssal.checkpoint.layout import fold, released_tensors
 from abyssal.checkpoint.write_weights import Box, Weight, create_files, held_boxes, share_out, write_weights
 from abyssal.config import ModelConfig
 from abyssal.errors import CheckpointError, ModelDirectoryError
+from abyssal.files.faults import os_faults
 
 #: Yields the folder in which the directory is made, all but its weights there already, and puts it in place.
 Staging = Callable[[], AbstractContextManager[Path]]

@@ -13,10 +13,12 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from abyssal.checkpoint.agreement import Agreement
-from abyssal.checkpoint.atomic import atomic_directory, free_space_check, os_faults, remove_stale
-from abyssal.checkpoint.checksums import CHECKSUMS, METADATA, PROGRESS, render, sha256
+from abyssal.checkpoint.checksums import CHECKSUMS, METADATA, PROGRESS, render
 from abyssal.checkpoint.pieces import Piece, WritePlanner, dcp_faults
 from abyssal.errors import CheckpointError
+from abyssal.files.atomic import atomic_directory, remove_stale
+from abyssal.files.checksums import sha256
+from abyssal.files.faults import check_free_space, os_faults
 
 #: torch.save's frame around each tensor in a DCP file, generously.
 TENSOR_OVERHEAD_BYTES = 4096
@@ -82,7 +84,7 @@ class JointWrite:
             root = self.target.parent
             root.mkdir(parents=True, exist_ok=True)
             remove_stale(root)
-            free_space_check(root, sum(map(_size, plans)))
+            check_free_space(root, sum(map(_size, plans)), CheckpointError)
             self._staging = stack.enter_context(atomic_directory(self.target))
         return [(self._staging.name, plan) for plan in Writer(self._staging).prepare_global_plan(plans)]
 

@@ -19,7 +19,6 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from abyssal.checkpoint.agreement import Agreement
-from abyssal.checkpoint.atomic import atomic_directory, free_space_check, remove_stale
 from abyssal.checkpoint.file_plan import write_json
 from abyssal.checkpoint.fit import Fit, compare
 from abyssal.checkpoint.joint_export import JointExport, model_directory_faults
@@ -38,6 +37,8 @@ from abyssal.checkpoint.write_weights import plan_weights
 from abyssal.config import ModelConfig
 from abyssal.config.quantization import BlockFP8
 from abyssal.errors import ConfigError, ModelDirectoryError
+from abyssal.files.atomic import atomic_directory, remove_stale
+from abyssal.files.faults import check_free_space
 from abyssal.ops.block_fp8 import BLOCK, dequantise_blocks, scale_rows
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
@@ -99,7 +100,7 @@ def write_model_directory(
         _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, path.name)
-        free_space_check(path, sum(file.nbytes for file in files))
+        check_free_space(path, sum(file.nbytes for file in files), ModelDirectoryError)
         with atomic_directory(path, replace=True) as folder:
             _write_tokenizer(folder, tokenizer_files)
             write_json(folder / CONFIG, {**_config_fields(config, dtype), **PRODUCER})

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from abyssal.checkpoint.agreement import first_line
-from abyssal.checkpoint.atomic import explain
 from abyssal.errors import CheckpointError
+from abyssal.files.faults import explain
 
 
 @dataclass(frozen=True)

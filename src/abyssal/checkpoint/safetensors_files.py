@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from abyssal.checkpoint.atomic import os_faults
 from abyssal.errors import ModelDirectoryError
+from abyssal.files.faults import os_faults
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Types in safetensors' letters.

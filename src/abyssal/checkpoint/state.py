@@ -27,12 +27,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from abyssal.checkpoint.agreement import Agreement
-from abyssal.checkpoint.atomic import os_faults, remove_directory
-from abyssal.checkpoint.checksums import CHECKSUMS, METADATA, PROGRESS, parse, sha256
+from abyssal.checkpoint.checksums import CHECKSUMS, METADATA, PROGRESS, parse
 from abyssal.checkpoint.joint_write import JointWrite
 from abyssal.checkpoint.metadata import fit, misfit, read_metadata
 from abyssal.checkpoint.pieces import Piece, ReadPlanner, dcp_faults, pieces
 from abyssal.errors import CheckpointError
+from abyssal.files.atomic import remove_directory
+from abyssal.files.checksums import sha256
+from abyssal.files.faults import os_faults
 
 DOING = "read the training state"
 

@@ -21,8 +21,9 @@ from abyssal.data.corpus import DocumentRef, SplitName, UndecodableError, read_d
 from abyssal.data.manifest import Shard, ShardRecord
 from abyssal.data.quality import fault_of
 from abyssal.data.shards import is_whole, token_dtype, write_shard
-from abyssal.data.whole_file import whole_file
 from abyssal.errors import DataError
+from abyssal.files.atomic import write_text
+from abyssal.files.faults import os_faults
 from abyssal.text.tokenizer import Tokenizer
 
 
@@ -109,8 +110,8 @@ class ShardEncoder:
         if found is None or found.documents != plan.digest() or not is_whole(self.folder, found.shard):
             shard, dropped = self._encode(plan)
             found = ShardRecord(documents=plan.digest(), shard=shard, dropped=dropped)
-            with whole_file(record) as file:
-                file.write(found.model_dump_json().encode())
+            with os_faults(DataError, record, "write it"):
+                write_text(record, found.model_dump_json())
         return WrittenShard(plan, found.shard, Counter(found.dropped))
 
     def _encode(self, plan: ShardPlan) -> tuple[Shard, Counter[str]]:

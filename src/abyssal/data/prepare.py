@@ -21,8 +21,9 @@ from abyssal.data.duplicates import Duplicates
 from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, WrittenShard, digest, write_shards
 from abyssal.data.manifest import Dropped, Manifest, Source, Split
 from abyssal.data.shards import Shards, token_dtype
-from abyssal.data.whole_file import PARTIAL, whole_file
 from abyssal.errors import DataError
+from abyssal.files.atomic import remove_stale, write_text
+from abyssal.files.faults import os_faults
 from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
 
@@ -132,11 +133,11 @@ def _finished_tokenizer(out: Path, inputs: dict[str, Any]) -> Tokenizer | None:
 
 def _begin(out: Path, tokenizer: Tokenizer, inputs: dict[str, Any]) -> None:
     """Write the tokenizer, and after it what it and the shards are made from."""
-    with whole_file(out / "tokenizer.json") as file:
-        file.write(tokenizer.to_json().encode())
+    with os_faults(DataError, path := out / "tokenizer.json", "write it"):
+        write_text(path, tokenizer.to_json())
     write_tokenizer_config(out, tokenizer)
-    with whole_file(out / UNFINISHED) as file:
-        file.write(json.dumps(inputs).encode())
+    with os_faults(DataError, path := out / UNFINISHED, "write it"):
+        write_text(path, json.dumps(inputs))
 
 
 def _tidy(out: Path) -> None:
@@ -209,15 +210,13 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _make_empty(out: Path) -> None:
     """Make the folder, or take what an interrupted preparation left in it away."""
-    shard = rf"(train|validation|heldout)-\d+\.(\w+\.npy|json)({PARTIAL})?"
-    ours = re.compile(rf"{shard}|{UNFINISHED}({PARTIAL})?|{manifests.NAME}{PARTIAL}")
-    try:
+    ours = re.compile(rf"(train|validation|heldout)-\d+\.(\w+\.npy|json)|{UNFINISHED}")
+    with os_faults(DataError, out, "prepare the data here"):
         out.mkdir(parents=True, exist_ok=True)
+        remove_stale(out)
         for path in out.iterdir():
             if ours.fullmatch(path.name):
                 path.unlink()
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 def _in_order(references: list[DocumentRef], modulus: int, seed: int) -> Documents:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.atomic import os_faults
 from abyssal.checkpoint.convert.manifest import FileRecord
 from abyssal.checkpoint.convert.places import Place, PlaceReader
 from abyssal.checkpoint.convert.plan import Shard, Target
@@ -18,6 +17,9 @@ from abyssal.checkpoint.file_plan import row_blocks
 from abyssal.checkpoint.fit import is_finite
 from abyssal.checkpoint.safetensors_files import DTYPES, FP8
 from abyssal.errors import ModelDirectoryError
+from abyssal.files.atomic import atomic_file
+from abyssal.files.checksums import HashingWriter
+from abyssal.files.faults import os_faults
 from abyssal.ops.block_fp8 import dequantise_blocks, quantise_blocks, requantise_blocks, scale_rows, scale_shape
 
 #: Bytes after which the system is asked to begin writing to the disk, so that no long wait is left for the end.
@@ -33,43 +35,38 @@ def write_shard(folder: Path, shard: Shard, tick: Tick) -> FileRecord:
     Raises:
         ModelDirectoryError: the disk refused, or a tensor is not finite.
     """
-    part = folder / f"{shard.name}.{os.getpid()}.part"  # a process of its own: two never write to one file
-    with os_faults(ModelDirectoryError, folder / shard.name, "write the weights"):
-        try:
-            with part.open("wb") as file, PlaceReader() as reader:
-                output = _Output(file.fileno(), tick)
-                output.write(memoryview(shard.header()))
-                tensors = _Tensors(reader, shard.power_of_two)
-                for target in shard.tensors:
-                    for rows in tensors.rows(target):
-                        output.write(rows.reshape(-1).view(torch.uint8).numpy().data)
-                os.fsync(file.fileno())
-            part.replace(folder / shard.name)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    return FileRecord(bytes=output.length, sha256=output.digest.hexdigest())
+    path = folder / shard.name
+    with (
+        os_faults(ModelDirectoryError, path, "write the weights"),
+        atomic_file(path) as staging,
+        FileIO(staging, "w") as file,
+        PlaceReader() as reader,
+    ):
+        output = _Output(file, tick)
+        output.write(shard.header())
+        tensors = _Tensors(reader, shard.power_of_two)
+        for target in shard.tensors:
+            for rows in tensors.rows(target):
+                output.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+    return FileRecord(bytes=output.nbytes, sha256=output.sha256)
 
 
-class _Output:
-    """A file that is hashed as it is written."""
+class _Output(HashingWriter):
+    """A file that goes to the disk as it is written."""
 
-    def __init__(self, descriptor: int, tick: Tick) -> None:
-        self.digest = hashlib.sha256()
-        self.length = 0
-        self._descriptor, self._tick, self._asked = descriptor, tick, 0
+    def __init__(self, file: FileIO, tick: Tick) -> None:
+        super().__init__(file)
+        self._descriptor, self._tick, self._asked = file.fileno(), tick, 0
 
-    def write(self, data: memoryview) -> None:
-        self.digest.update(data)
-        self.length += len(data)
+    def write(self, data: bytes | memoryview) -> int:
         self._tick(len(data))
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        if self.length - self._asked >= WRITE_BEHIND and hasattr(os, "posix_fadvise"):
+        written = super().write(data)
+        if self.nbytes - self._asked >= WRITE_BEHIND and hasattr(os, "posix_fadvise"):
             # what is not needed again goes to the disk now; what has arrived there since leaves the system's cache
             begin = max(0, self._asked - 4 * WRITE_BEHIND)
-            os.posix_fadvise(self._descriptor, begin, self.length - begin, os.POSIX_FADV_DONTNEED)
-            self._asked = self.length
+            os.posix_fadvise(self._descriptor, begin, self.nbytes - begin, os.POSIX_FADV_DONTNEED)
+            self._asked = self.nbytes
+        return written
 
 
 class _Tensors:
