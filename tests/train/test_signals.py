@@ -41,12 +41,12 @@ sys.exit(main(sys.argv[2:]))
 #: The same, killed where the state of step 6 is being written: in DCP's files, before the checksums, at the rename.
 KILLED = """
 import os, signal, sys
-from abyssal.checkpoint import joint_write
+from abyssal.checkpoint.state import save
 from abyssal.cli.main import main
 from abyssal.files import atomic
 from abyssal.train import loop
 loop.peak_flops = lambda config, device: 1e12
-module, name = (atomic if sys.argv[1] == "_put_in_place" else joint_write), sys.argv[1]
+module, name = (atomic if sys.argv[1] == "_put_in_place" else save), sys.argv[1]
 original = getattr(module, name)
 def deadly(*arguments, **options):
     if "step-00000006" in "".join(str(path) for path in (loop_root.iterdir() if loop_root.is_dir() else ())):

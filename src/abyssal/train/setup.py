@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
+from abyssal.checkpoint.hf import ModelReader, load_into, read_model_directory
 from abyssal.checkpoint.shards import fill_initial
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError, UsageError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from abyssal.checkpoint.model_directory import read_model_directory
+from abyssal.checkpoint.hf.model_directory import read_model_directory
 from abyssal.config.frozen import Frozen
 from abyssal.errors import ModelDirectoryError
 from abyssal.files.checksums import sha256

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.safetensors_files import DTYPES, Header, value_offsets
+from abyssal.checkpoint.hf.headers import DTYPES, Header, value_offsets
 from abyssal.errors import ModelDirectoryError
 from abyssal.files.faults import os_faults
 

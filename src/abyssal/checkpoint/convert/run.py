@@ -16,15 +16,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from abyssal.checkpoint.convert.check import Source, read_source
 from abyssal.checkpoint.convert.manifest import MANIFEST, FileRecord, Manifest
 from abyssal.checkpoint.convert.places import Place
 from abyssal.checkpoint.convert.plan import Conversion, Shard, digest, plan_shards
 from abyssal.checkpoint.convert.side_files import converted_config, copy_side_files, side_files
+from abyssal.checkpoint.convert.source import Source, read_source
 from abyssal.checkpoint.convert.workers import write_shards
-from abyssal.checkpoint.file_plan import write_index, write_json
-from abyssal.checkpoint.layout import SCALE_SUFFIX
-from abyssal.checkpoint.model_directory import CONFIG
+from abyssal.checkpoint.hf.file_plan import write_index, write_json
+from abyssal.checkpoint.hf.model_directory import CONFIG
+from abyssal.checkpoint.hf.names import SCALE_SUFFIX
 from abyssal.config.frozen import Frozen
 from abyssal.config.quantization import BlockFP8
 from abyssal.errors import ModelDirectoryError
