@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ from torch import Tensor
 
 from abyssal.config.parallel import ParallelConfig
 from abyssal.ops.experts import segmented_expert_ffn
-from abyssal.parallel.dispatch import expert_parallel_dispatcher
-from abyssal.parallel.dispatch.exchange import Traffic, send_evenly
-from abyssal.parallel.dispatch.message import Fp8, Plain
-from abyssal.parallel.dispatch.route import Back, Out
+from abyssal.parallel.dispatch import CommunicationVolume, expert_parallel_dispatcher
+from abyssal.parallel.dispatch.all_to_all import exchange_counts
+from abyssal.parallel.dispatch.payload import Fp8Payload, PlainPayload
+from abyssal.parallel.dispatch.transfer import AsyncTransfer, FromExperts, ToExperts
 from abyssal.parallel.layout import RankLayout
 from record import record
 
@@ -104,46 +105,37 @@ def measure(shape: Shape, path: str, dtype: str, repeats: int) -> dict[str, Any]
     config = ParallelConfig.model_validate({"ep_size": shape.ranks, "dispatch": path, "dispatch_dtype": dtype})
     layout = RankLayout(1, 1, 1, shape.ranks, shape.node_size)
     dispatcher = expert_parallel_dispatcher(config, layout, dist.group.WORLD, shape.experts)
-    way, clock = dispatcher._path, Clock()
+    planner, clock = dispatcher.planner, Clock()
     inputs, stacks = draw(shape, dist.get_rank())
     hidden, weights = inputs["hidden"].detach(), inputs["weights"].detach().flatten()
-    encoding = Fp8(shape.hidden, hidden.dtype) if dtype == "fp8" else Plain()
+    payload = Fp8Payload(shape.hidden, hidden.dtype) if dtype == "fp8" else PlainPayload()
     counts_sent = torch.zeros(shape.ranks, shape.experts // shape.ranks, dtype=torch.int64)
-    sent = {name: Traffic() for name in ("out", "back")}
+    sent = {name: CommunicationVolume() for name in ("to experts", "from experts")}
 
     def forward() -> Tensor:
-        state = dispatcher.dispatch(inputs["hidden"], inputs["weights"], inputs["experts"])
-        state["rows"] = segmented_expert_ffn(state["rows"], state.pop("row_weights"), state["counts"], *stacks)
-        return dispatcher.combine(state)
+        in_flight = dispatcher.start_dispatch(inputs["hidden"], inputs["weights"], inputs["experts"])
+        received = dispatcher.finish_dispatch(in_flight)
+        rows = segmented_expert_ffn(received.rows, received.row_weights, received.counts, *stacks)
+        return dispatcher.finish_combine(dispatcher.start_combine(rows, received.origin))
 
-    def there(out: Out) -> tuple[Tensor, ...]:
-        out.start(hidden, weights)
-        return out.finish()
-
-    def home(back: Back, rows: Tensor) -> Tensor:
-        back.start(rows)
-        return back.finish()[0]
+    def run(transfer: AsyncTransfer, *tensors: Tensor) -> tuple[Tensor, ...]:
+        transfer.start(*tensors)
+        return transfer.finish()
 
     for _ in range(repeats):
-        route, counts = clock.part("plan", lambda: way.plan(inputs["experts"], Traffic()))
-        clock.part("of which counts", lambda: send_evenly(way.links[0], counts_sent[: way.links[0].size], Traffic()))
-        out = Out(route, way.links, encoding, sent["out"])
+        plan = clock.part("plan", lambda: planner.plan(inputs["experts"], CommunicationVolume()))
+        clock.part("of which counts", lambda: exchange_counts(planner.group, counts_sent, CommunicationVolume()))
+        there = ToExperts(plan, payload, sent["to experts"])
         with torch.no_grad():
-            rows, row_weights = clock.part("rows to experts", lambda out=out: there(out))
-            done = clock.part(
-                "experts",
-                lambda rows=rows, row_weights=row_weights, counts=counts: segmented_expert_ffn(
-                    rows, row_weights, counts, *stacks
-                ),
-            )
-            back = Back(route, way.links, sent["back"])
-            clock.part("rows back", lambda back=back, done=done: home(back, done))
+            received = clock.part("rows to experts", partial(run, there, hidden, weights))
+            rows = clock.part("experts", partial(segmented_expert_ffn, *received, plan.counts, *stacks))
+            clock.part("rows back", partial(run, FromExperts(plan, sent["from experts"]), rows))
         output = clock.part("forward pass, whole", forward)
         grad = torch.ones_like(output)
         clock.part("backward pass, whole", lambda output=output, grad=grad: output.backward(grad))
     crossed = {}
-    for name, traffic in sent.items():
-        counted = torch.tensor(astuple(traffic), dtype=torch.int64) // repeats
+    for name, volume in sent.items():
+        counted = torch.tensor(astuple(volume), dtype=torch.int64) // repeats
         most = counted.clone()
         dist.all_reduce(most, dist.ReduceOp.MAX)
         dist.all_reduce(counted)
@@ -189,7 +181,7 @@ def main() -> None:
     for name, way in ways.items():
         way["floor ms"] = {
             part: round(1e3 * way["sent by all ranks"][direction]["most bytes of a rank"] / speed, 2)
-            for part, direction in (("rows to experts", "out"), ("rows back", "back"))
+            for part, direction in (("rows to experts", "to experts"), ("rows back", "from experts"))
         }
         print(name)
         for part, took in way["ms"].items():
@@ -197,7 +189,7 @@ def main() -> None:
             print(f"  {part:22s} {took:8.2f} ms" + (f", floor {floor:.2f}" if floor is not None else ""))
         for direction, counted in way["sent by all ranks"].items():
             print(f"  {direction}: " + ", ".join(f"{value:,} {what}" for what, value in counted.items()))
-    direct, limited = (ways[f"{path}, bf16"]["sent by all ranks"]["out"] for path in ("direct", "node_limited"))
+    direct, limited = (ways[f"{path}, bf16"]["sent by all ranks"]["to experts"] for path in ("direct", "node_limited"))
     ratio = limited["rows to nodes"] / direct["rows to nodes"]
     print(f"rows that cross nodes, node-limited over direct: {ratio:.3f}")
     figures = {

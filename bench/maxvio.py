@@ -25,7 +25,7 @@ from abyssal.config import RunConfig, load_recipe
 from abyssal.data.batch import evaluation_sequences
 from abyssal.data.shards import Shards
 from abyssal.engine import load_model
-from abyssal.model import Context, RouterStatistics, Transformer
+from abyssal.model import Context, RouterStatistics, Transformer, next_tokens
 from abyssal.train import loop
 from abyssal.train.balancing import add_loads, max_violation
 from abyssal.train.run_folder import RunFolder
@@ -47,7 +47,8 @@ def held_out_loads(model: Transformer, shards: Shards, length: int) -> dict[int,
         packed = Context.packed([len(window) for window in part])
         ctx = Context(packed.lengths, packed.positions, statistics=statistics)
         tokens = torch.cat(part)
-        for _ in model.predict_further(model(tokens, ctx), tokens, ctx):
+        further = next_tokens(tokens, len(model.mtp_modules))
+        for _ in model.predict_further(model(tokens, ctx), further, ctx):
             pass
         add_loads(loads, statistics.expert_load)
     return loads

@@ -21,20 +21,20 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 from abyssal.model import Transformer
-from abyssal.model.feed_forward import LocalDispatcher
+from abyssal.model.dispatcher import LocalDispatcher
 from abyssal.parallel.apply import moe_layers
-from abyssal.parallel.dispatch.direct import DirectPath
+from abyssal.parallel.dispatch.direct import DirectPlanner
 from abyssal.parallel.dispatch.dispatcher import ExpertParallelDispatcher
-from abyssal.parallel.dispatch.node_limited import NodeLimitedPath
-from abyssal.parallel.dispatch.route import Back, Out
+from abyssal.parallel.dispatch.node_limited import NodeLimitedPlanner
+from abyssal.parallel.dispatch.transfer import FromExperts, ToExperts
 from abyssal.parallel.ranks import Ranks
 from abyssal.train import step
 from abyssal.train.optimizer import Optimizers
 
 Label = str | Callable[[Any], str]
 KINDS = ("own", "waiting", "transfer")
-#: Legs of the dispatcher and what they carry.
-LEGS = {
+#: Transfers of the dispatcher and what they carry.
+TRANSFERS = {
     "dispatch": "rows to experts",
     "combine": "rows back",
     "combine_backward": "gradients to experts",
@@ -59,7 +59,7 @@ class Parts:
     wall: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: dict.fromkeys(KINDS, 0.0)))
     cpu: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    legs: dict[int, str] = field(default_factory=dict)  # by the id of a dispatcher's count of traffic
+    transfers: dict[int, str] = field(default_factory=dict)  # by the id of a dispatcher's communication volume
     _inside: list[tuple[str, list[float]]] = field(
         default_factory=list
     )  # parts begun, and what was in others meanwhile
@@ -70,10 +70,10 @@ class Parts:
             found.clear()  # type: ignore[attr-defined]
 
     def know(self, model: Transformer) -> None:
-        """Learn which leg is which of a model's dispatcher."""
+        """Learn which transfer is which of a model's dispatcher."""
         for moe in moe_layers(model):
             if isinstance(moe.dispatcher, ExpertParallelDispatcher):
-                self.legs |= {id(traffic): LEGS[leg] for leg, traffic in moe.dispatcher.traffic.items()}
+                self.transfers |= {id(volume): TRANSFERS[name] for name, volume in moe.dispatcher.volumes.items()}
 
     @contextmanager
     def part(self, label: str, kind: str = "own") -> Iterator[None]:
@@ -130,13 +130,13 @@ def tell_apart() -> Parts:
     parts.wrap(step._Seen, "sum_over", "losses and loads")
     parts.wrap(Optimizers, "step", "AdamW")
     parts.wrap(Ranks, "most", "control: signals")
-    for path in (DirectPath, NodeLimitedPath):
-        parts.wrap(path, "plan", "plan of the dispatch")
-    for way in (Out, Back):
+    for planner in (DirectPlanner, NodeLimitedPlanner):
+        parts.wrap(planner, "plan", "plan of the dispatch")
+    for transfer in (ToExperts, FromExperts):
         for half in ("start", "finish"):
-            parts.wrap(way, half, lambda self: parts.legs[id(self._traffic)])
-    for leg in ("dispatch", "combine"):
-        parts.wrap(LocalDispatcher, leg, LEGS[leg])
+            parts.wrap(transfer, half, lambda self: parts.transfers[id(self.volume)])
+    for name in ("dispatch", "combine"):
+        parts.wrap(LocalDispatcher, f"start_{name}", TRANSFERS[name])
     hooks = ("_pre_forward", "_post_forward", "_pre_backward", "_root_post_backward_final_callback")
     for owner, names in ((FSDPState, hooks), (FSDPParamGroup, ("post_backward",))):
         for name in names:

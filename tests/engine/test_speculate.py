@@ -25,7 +25,7 @@ from abyssal.engine import (
 )
 from abyssal.engine.speculate import MTPDrafter
 from abyssal.errors import ModelDirectoryError, UsageError
-from abyssal.model import Context, Transformer
+from abyssal.model import Context, Transformer, next_tokens
 
 Build = Callable[..., Transformer]
 PROMPT = [5, 17, 3, 80, 41, 9, 66]
@@ -141,7 +141,8 @@ def trained_prediction(model: Transformer, ids: list[int], k: int) -> int:
     ctx = Context.packed([len(ids)])
     tokens = torch.tensor(ids)
     with torch.no_grad():
-        hidden, _ = list(model.predict_further(model(tokens, ctx), tokens, ctx))[k - 1]
+        further = next_tokens(tokens, len(model.mtp_modules))
+        hidden, _ = list(model.predict_further(model(tokens, ctx), further, ctx))[k - 1]
         return int(model.logits(hidden[-1]).argmax())
 
 

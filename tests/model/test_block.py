@@ -1,65 +1,20 @@
-"""The four steps of a block, run apart with autograd cut between them, equal the block."""
+"""The steps of a block, run apart with autograd cut between them, equal the block; every expert lives here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from abyssal.model import Block, Context, RouterStatistics, Transformer
+from abyssal.model.block import map_tensors, tensors
+from ranks.cut import CUTS, cut_block, interleave
 
-LENGTHS = (5, 3)
-BORDERS = ("dispatch", "compute", "combine")  # a border stands before the step of that name
-CUTS = [cut for n in range(1, 4) for cut in combinations(BORDERS, n)]
-State = dict[str, Tensor]
-
-
-@dataclass
-class Piece:
-    """A stretch of steps between two borders: leaves in, results out, and the leaf at which a result was cut."""
-
-    inputs: State
-    outputs: State
-
-
-class CutBlock:
-    """Runs a block piece by piece; each floating tensor of a state at a border becomes a leaf of its own."""
-
-    def __init__(self, block: Block, cut: tuple[str, ...], x: Tensor, ctx: Context) -> None:
-        self.block, self.ctx = block, ctx
-        self.steps: list[list[str]] = [["attend"]]
-        for step in BORDERS:
-            if step in cut:
-                self.steps.append([step])
-            else:
-                self.steps[-1].append(step)
-        self.pieces: list[Piece] = []
-        self.state: State = {"x": x}
-
-    def forward(self) -> None:
-        """Run the next piece."""
-        state = {n: t.detach().requires_grad_() if t.is_floating_point() else t for n, t in self.state.items()}
-        inputs = dict(state)
-        for step in self.steps[len(self.pieces)]:
-            if step == "attend":
-                state = self.block.attend(state["x"], self.ctx)
-            elif step == "combine":
-                state = {"y": self.block.combine(state)}
-            else:
-                state = getattr(self.block, step)(state)
-        self.pieces.append(Piece(inputs, state))
-        self.state = state
-
-    def backward(self, gradients: State) -> State:
-        """Differentiate the last piece that is left; return the gradients of its inputs."""
-        piece = self.pieces.pop()
-        wanted = {n: g for n, g in gradients.items() if piece.outputs[n].requires_grad}
-        torch.autograd.backward([piece.outputs[n] for n in wanted], list(wanted.values()))
-        return {n: t.grad for n, t in piece.inputs.items() if t.grad is not None}
+LENGTHS = ((5, 3), (2, 4, 3))
 
 
 def draw(kind: str, seed: int, draw_config: Any, build: Any) -> tuple[Transformer, Block]:
@@ -78,97 +33,90 @@ def draw_input(model: Transformer, seed: int, lengths: tuple[int, ...]) -> tuple
     return x, outward, model.with_rotary(ctx)
 
 
-def uncut(block: Block, x: Tensor, outward: Tensor, ctx: Context) -> list[Tensor]:
-    """Output, input gradient and parameter gradients of the block as it is; the gradients stay in the parameters."""
+def uncut(block: Block, x: Tensor, outward: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Output and input gradient of the block as it is; the other gradients stay in the parameters."""
     x = x.clone().requires_grad_()
     y = block(x, ctx)
     y.backward(outward)
-    return [y.detach(), x.grad]  # type: ignore[list-item]
+    assert x.grad is not None
+    return y.detach(), x.grad
 
 
-def gradients(block: Block) -> State:
-    found = {n: p.grad.clone() for n, p in block.named_parameters() if p.grad is not None}
+def gradients(block: Block) -> dict[str, Tensor]:
+    taken = {n: p.grad.clone() for n, p in block.named_parameters() if p.grad is not None}
     block.zero_grad()
-    return found
+    return taken
 
 
-@pytest.mark.parametrize("cut", CUTS, ids="-".join)
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(cut) or "uncut")
 @pytest.mark.parametrize("kind", ["dense", "mixture", "mtp"])
 @pytest.mark.parametrize("seed", range(2), ids="seed{}".format)
-def test_a_block_cut_at_its_borders_equals_the_whole(
+def test_two_micro_batches_interleaved_piece_by_piece_equal_the_block(
     seed: int, kind: str, cut: tuple[str, ...], draw_config: Any, build: Any
 ) -> None:
+    """Forward of one beside backward of the other, as a pipeline overlaps them."""
     model, block = draw(kind, seed, draw_config, build)
-    x, outward, ctx = draw_input(model, seed, LENGTHS)
-    expected = [*uncut(block, x, outward, ctx)]
-    oracle = gradients(block)
-
-    parts = CutBlock(block, cut, x, ctx)
-    for _ in range(len(cut) + 1):
-        parts.forward()
-    back: State = {"y": outward}
-    for _ in range(len(cut) + 1):
-        back = parts.backward(back)
-    assert torch.equal(parts.state["y"], expected[0])
-    torch.testing.assert_close(back["x"], expected[1], rtol=1e-12, atol=1e-12)
-    found = gradients(block)
-    assert found.keys() == oracle.keys()
-    for name, gradient in oracle.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12, msg=lambda t, n=name: f"{n}: {t}")
-
-
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
-def test_two_micro_batches_interleave_step_by_step(kind: str, draw_config: Any, build: Any) -> None:
-    """Forward of one while the other goes backward, as a pipeline overlaps them."""
-    model, block = draw(kind, 5, draw_config, build)
-    drawn = [draw_input(model, seed, lengths) for seed, lengths in ((5, LENGTHS), (6, (2, 4, 3)))]
+    drawn = [draw_input(model, seed + number, lengths) for number, lengths in enumerate(LENGTHS)]
     expected = [uncut(block, *one) for one in drawn]
     oracle = gradients(block)
 
-    a, b = (CutBlock(block, BORDERS, x, ctx) for x, _, ctx in drawn)
-    for _ in range(4):
-        a.forward()
-    back_a: State = {"y": drawn[0][1]}
-    for _ in range(4):
-        b.forward()
-        back_a = a.backward(back_a)
-    back_b: State = {"y": drawn[1][1]}
-    for _ in range(4):
-        back_b = b.backward(back_b)
-    for parts, back, (y, d_x) in zip((a, b), (back_a, back_b), expected, strict=True):
-        assert torch.equal(parts.state["y"], y)
-        torch.testing.assert_close(back["x"], d_x, rtol=1e-12, atol=1e-12)
-    for name, gradient in gradients(block).items():
-        torch.testing.assert_close(gradient, oracle[name], rtol=1e-12, atol=1e-12, msg=lambda t, n=name: f"{n}: {t}")
-    if kind == "mixture":
-        for (_, _, ctx), lengths in zip(drawn, (LENGTHS, (2, 4, 3)), strict=True):
-            assert int(ctx.statistics.expert_load[1].sum()) == sum(lengths) * model.config.num_experts_per_tok
+    chains = [cut_block(block, cut, x, ctx) for x, _, ctx in drawn]
+    d_inputs = interleave(*chains, *(outward for _, outward, _ in drawn))
+    for chain, d_input, (y, d_x) in zip(chains, d_inputs, expected, strict=True):
+        assert torch.equal(chain.state, y)
+        torch.testing.assert_close(d_input, d_x, rtol=1e-12, atol=1e-12)
+    actual = gradients(block)
+    assert actual.keys() == oracle.keys()
+    for name, gradient in oracle.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-12, atol=1e-12, msg=lambda t, n=name: f"{n}: {t}")
+    for (_, _, ctx), lengths in zip(drawn, LENGTHS, strict=True):
+        loads = ctx.statistics.expert_load.values()
+        assert [int(load.sum()) for load in loads] == [sum(lengths) * model.config.num_experts_per_tok] * len(loads)
 
 
 def test_the_cut_carries_the_injected_balance_loss(draw_config: Any, build: Any) -> None:
     """Without the injection the router's gradient is another one, so the tests above would notice its loss."""
     model, block = draw("mixture", 7, draw_config, build)
-    x, outward, ctx = draw_input(model, 7, LENGTHS)
-    found = []
+    x, outward, ctx = draw_input(model, 7, LENGTHS[0])
+    routers = []
     for weight in (0.4, 0.0):
         uncut(block, x, outward, replace(ctx, balance_weight=weight))
-        found.append(gradients(block)["mlp.gate.weight"])
-    assert (found[0] - found[1]).norm() > 1e-3
+        routers.append(gradients(block)["mlp.gate.weight"])
+    assert (routers[0] - routers[1]).norm() > 1e-3
+
+
+def states(block: Block, x: Tensor, ctx: Context) -> Iterator[NamedTuple]:
+    """Yield what stands at each border."""
+    state: Any = block.attend(x, ctx)
+    yield state
+    for step in (block.dispatch, block.compute, block.combine):
+        yield (state := step(state))
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
-def test_what_crosses_a_border_is_tensors_and_no_more_than_the_next_steps_need(
-    kind: str, draw_config: Any, build: Any
-) -> None:
+def test_a_state_has_no_more_floating_tensors_than_the_next_steps_need(kind: str, draw_config: Any, build: Any) -> None:
     model, block = draw(kind, 8, draw_config, build)
-    x, _, ctx = draw_input(model, 8, LENGTHS)
-    attended = block.attend(x, ctx)
-    dispatched = block.dispatch(attended)
-    computed = block.compute(dispatched)
-    routed = {"weights", "experts"} if kind == "mixture" else set()
-    way_back = {"counts", "order", "inverse"} if kind == "mixture" else set()
-    rows = {"rows"} if kind == "mixture" else set()
-    assert attended.keys() == {"residual", "hidden"} | routed
-    assert dispatched.keys() == {"residual", "hidden"} | rows | way_back | ({"row_weights"} if rows else set())
-    assert computed.keys() == {"residual", "output"} | rows | way_back
-    assert all(isinstance(t, Tensor) for state in (attended, dispatched, computed) for t in state.values())
+    x, _, ctx = draw_input(model, 8, LENGTHS[0])
+    tokens, width, top_k = *x.shape, model.config.num_experts_per_tok
+    of_tokens, rows = (tokens, width), (tokens * top_k, width)
+    routed: dict[str, list[tuple[int, ...]]] = {
+        "Attended": [(tokens, top_k)],
+        "Dispatched": [rows, (tokens * top_k,)],
+        "Computed": [rows],
+        "Combined": [of_tokens],
+    }
+    for state in states(block, x, ctx):
+        more = routed[type(state).__name__] if kind == "mixture" else []
+        shapes = [tuple(tensor.shape) for tensor in tensors(state) if tensor.is_floating_point()]
+        assert shapes == [of_tokens, of_tokens, *more], type(state)
+
+
+def test_map_tensors_replaces_each_tensor_in_order_and_nothing_else(draw_config: Any, build: Any) -> None:
+    model, block = draw("mixture", 9, draw_config, build)
+    x, _, ctx = draw_input(model, 9, LENGTHS[0])
+    for state in states(block, x, ctx):
+        before = list(tensors(state))
+        replaced: Any = map_tensors(lambda tensor: tensor.new_zeros(3), state)
+        assert type(replaced) is type(state)
+        assert [tensor.tolist() for tensor in tensors(replaced)] == [[0, 0, 0]] * len(before)
+        assert all(map(torch.equal, tensors(map_tensors(lambda tensor: tensor, state)), before))

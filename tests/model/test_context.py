@@ -39,6 +39,16 @@ def test_shortened_keeps_positions_that_do_not_start_at_zero() -> None:
     assert shorter.positions.tolist() == [7, 8, 4]
 
 
+def test_what_the_balance_loss_calls_a_sequence_is_shortened_by_what_attention_loses_in_it() -> None:
+    """One window of two documents and one of three, the last of which is shorter than what is dropped."""
+    ctx = Context((4, 3, 2, 5, 1), torch.arange(15), balance_lengths=(7, 8))
+    shorter, kept = ctx.shortened(2)
+    assert shorter.lengths == (2, 1, 0, 3, 0)
+    assert shorter.balance_lengths == (3, 3)
+    assert kept.tolist() == [0, 1, 4, 9, 10, 11]
+    assert Context.packed((4, 3)).shortened(2)[0].balance_lengths is None
+
+
 def test_the_context_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         Context.packed((2,)).balance_weight = 1.0  # type: ignore[misc]

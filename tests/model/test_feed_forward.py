@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from abyssal.model import Context, RouterStatistics
-from abyssal.model.feed_forward import DenseFFN, Gate, MixtureOfExperts, State
+from abyssal.model.dispatcher import InFlight, LocalDispatcher
+from abyssal.model.feed_forward import DenseFFN, MixtureOfExperts, Router
 from abyssal.ops.experts import expert_ffn, segmented_expert_ffn
 
 LENGTHS = (4, 1, 6)
 
 
 def run(mlp: Any, hidden: Tensor, ctx: Context) -> Tensor:
-    """The four steps on a zero residual."""
-    state: State = {"residual": torch.zeros_like(hidden), "hidden": hidden}
-    return mlp.combine(mlp.compute(mlp.dispatch(mlp.route(state, ctx))))  # type: ignore[no-any-return]
+    """All steps, one after another."""
+    output, rows, origin = mlp.compute(hidden, mlp.dispatch(hidden, mlp.route(hidden, ctx)))
+    return mlp.finish(output, mlp.combine(rows, origin))  # type: ignore[no-any-return]
 
 
 def draw_hidden(seed: int, width: int) -> tuple[Tensor, Tensor]:
@@ -51,9 +52,16 @@ def test_the_dense_network_equals_the_definition(seed: int, reference: Any, draw
 
 @pytest.mark.parametrize("kernel", [expert_ffn, segmented_expert_ffn])
 @pytest.mark.parametrize("offset", [0.0, -3.0], ids=["mixed", "all_negative"])
+@pytest.mark.parametrize("balance_lengths", [None, (1, sum(LENGTHS) - 1)], ids=["as_attention", "apart"])
 @pytest.mark.parametrize("seed", range(8), ids="seed{}".format)
 def test_the_mixture_equals_the_definition(
-    seed: int, offset: float, kernel: Any, reference: Any, draw_config: Any, build: Any
+    seed: int,
+    balance_lengths: tuple[int, ...] | None,
+    offset: float,
+    kernel: Any,
+    reference: Any,
+    draw_config: Any,
+    build: Any,
 ) -> None:
     """Routed and shared experts, the load, and the balance loss through its gradient."""
     config = draw_config(seed, first_k_dense_replace=0)
@@ -65,11 +73,17 @@ def test_the_mixture_equals_the_definition(
     weights = {**dict(mlp.named_parameters()), **dict(mlp.named_buffers())}
     statistics = RouterStatistics()
     alpha = 0.7
-    ctx = replace(Context.packed(LENGTHS), statistics=statistics, balance_weight=alpha / len(LENGTHS))
+    sequences = balance_lengths or LENGTHS
+    ctx = replace(
+        Context.packed(LENGTHS),
+        statistics=statistics,
+        balance_weight=alpha / len(sequences),
+        balance_lengths=balance_lengths,
+    )
     out = run(mlp, hidden, ctx)
     pairs = [reference.mixture(u, weights, "", config) for u in hidden]
     expected = torch.stack([value for value, _ in pairs])
-    losses = [reference.balance_loss(list(part), weights, "", config) for part in hidden.split(LENGTHS)]
+    losses = [reference.balance_loss(list(part), weights, "", config) for part in hidden.split(sequences)]
     mean = sum(losses) / len(losses)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     assert statistics.expert_load[0].tolist() == [
@@ -101,11 +115,11 @@ def test_without_balance_weight_the_router_gets_the_gradient_of_the_output_alone
 
 def test_the_balance_bias_is_a_float32_buffer_without_gradient(draw_config: Any) -> None:
     config = draw_config(4, first_k_dense_replace=0)
-    gate = Gate(config)
-    assert [name for name, _ in gate.named_parameters()] == ["weight"]
-    assert gate.e_score_correction_bias.dtype == torch.float32
-    assert gate.e_score_correction_bias.shape == (config.n_routed_experts,)
-    assert "e_score_correction_bias" in gate.state_dict()
+    router = Router(config)
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    assert router.e_score_correction_bias.dtype == torch.float32
+    assert router.e_score_correction_bias.shape == (config.n_routed_experts,)
+    assert "e_score_correction_bias" in router.state_dict()
 
 
 def test_shared_experts_are_one_network_as_wide_as_all_of_them(draw_config: Any, build: Any) -> None:
@@ -126,27 +140,26 @@ def test_a_dispatcher_is_replaced_without_touching_the_experts(draw_config: Any,
     mlp = build(config, 7).model.layers[0].mlp
     hidden, _ = draw_hidden(7, config.hidden_size)
     expected = run(mlp, hidden, Context.packed(LENGTHS))
-    local = mlp.dispatcher
 
-    class Backwards:
+    class Backwards(LocalDispatcher):
         """Hands the tokens on in reverse order."""
 
-        def dispatch(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> State:
-            return local.dispatch(hidden.flip(0), weights.flip(0), experts.flip(0))  # type: ignore[no-any-return]
+        def start_dispatch(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> InFlight:
+            return super().start_dispatch(hidden.flip(0), weights.flip(0), experts.flip(0))
 
-        def combine(self, state: State) -> Tensor:
-            return local.combine(state).flip(0)  # type: ignore[no-any-return]
+        def finish_combine(self, in_flight: InFlight) -> Tensor:
+            return super().finish_combine(in_flight).flip(0)
 
-    mlp.dispatcher = Backwards()
+    mlp.dispatcher = Backwards(config.n_routed_experts, config.num_experts_per_tok)
     torch.testing.assert_close(run(mlp, hidden, Context.packed(LENGTHS)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_balancing_bias_stays_fp32_when_the_model_is_cast_down(draw_config) -> None:
-    gate = Gate(draw_config(3))
-    values = torch.randn(gate.e_score_correction_bias.shape)
-    gate.e_score_correction_bias.copy_(values)
-    gate.to(torch.bfloat16)
-    assert gate.weight.dtype == torch.bfloat16
-    assert gate.e_score_correction_bias.dtype == torch.float32
-    assert torch.equal(gate.e_score_correction_bias, values)
-    assert gate.double().e_score_correction_bias.dtype == torch.float64
+    router = Router(draw_config(3))
+    values = torch.randn(router.e_score_correction_bias.shape)
+    router.e_score_correction_bias.copy_(values)
+    router.to(torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16
+    assert router.e_score_correction_bias.dtype == torch.float32
+    assert torch.equal(router.e_score_correction_bias, values)
+    assert router.double().e_score_correction_bias.dtype == torch.float64

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.model import Context, RouterStatistics
+from abyssal.model import Context, RouterStatistics, next_tokens
 from abyssal.model.mtp import MTPBlock
 from abyssal.ops.kernels import Kernels, choose_kernels
 
@@ -37,7 +37,7 @@ def test_mtp_equals_its_equations(
     statistics = RouterStatistics()
     ctx = replace(Context.packed(LENGTHS), statistics=statistics)
     h = model(tokens, ctx)
-    found = list(model.predict_further(h, tokens, ctx))
+    found = list(model.predict_further(h, next_tokens(tokens, depth), ctx))
 
     parameters = dict(model.named_parameters())
     weights = {**parameters, **dict(model.named_buffers())}
@@ -79,14 +79,14 @@ def test_sequences_shorter_than_the_depth_take_no_part(
     statistics = RouterStatistics()
     ctx = replace(Context.packed(lengths), statistics=statistics, balance_weight=0.1)
     tokens = draw_tokens(config, sum(lengths), 9)
-    found = list(model.predict_further(model(tokens, ctx), tokens, ctx))
+    found = list(model.predict_further(model(tokens, ctx), next_tokens(tokens, 2), ctx))
     for k, (hidden, kept) in enumerate(found, start=1):
         assert len(hidden) == len(kept) == sum(max(n - k, 0) for n in lengths)
         # the longest sequence alone gives the same
         longest, start = max(lengths), sum(lengths[: lengths.index(max(lengths))])
         part = tokens[start : start + longest]
         alone = Context.packed((longest,))
-        expected = list(model.predict_further(model(part, alone), part, alone))[k - 1][0]
+        expected = list(model.predict_further(model(part, alone), next_tokens(part, 2), alone))[k - 1][0]
         mine = hidden[(kept >= start) & (kept < start + longest)]
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
     assert all(loss.isfinite() for loss in statistics.balance_loss.values())
@@ -160,7 +160,7 @@ def test_shared_embedding_and_head_learn_from_both_sides(draw_config: Any, build
     model = build(config, 7)
     tokens = torch.arange(10, 16)
     ctx = Context.packed((6,))
-    ((hidden, kept),) = model.predict_further(model(tokens, ctx), tokens, ctx)
+    ((hidden, kept),) = model.predict_further(model(tokens, ctx), next_tokens(tokens, 1), ctx)
     assert kept.tolist() == [0, 1, 2, 3, 4]
     (gradient,) = torch.autograd.grad(hidden.square().sum(), model.model.embed_tokens.weight)
     assert (gradient.abs().sum(-1) > 0).nonzero().flatten().tolist() == [10, 11, 12, 13, 14, 15]
@@ -171,7 +171,7 @@ def test_a_depth_sees_no_token_beyond_the_one_it_is_given(draw_config: Any, buil
     model = build(config, 8)
     tokens = torch.arange(20, 27)
     ctx = Context.packed((7,))
-    for k, (hidden, _) in enumerate(model.predict_further(model(tokens, ctx), tokens, ctx), start=1):
+    for k, (hidden, _) in enumerate(model.predict_further(model(tokens, ctx), next_tokens(tokens, 2), ctx), start=1):
         (gradient,) = torch.autograd.grad(hidden[2].pow(3).sum(), model.model.embed_tokens.weight, retain_graph=True)
         reached = (gradient.abs().sum(-1) > 0).nonzero().flatten().tolist()
         assert reached == list(range(20, 20 + 2 + k + 1))  # tokens 0 .. 2 and the k after them

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.config import ModelConfig, load_recipe
-from abyssal.model import Context, RouterStatistics, Transformer
+from abyssal.model import Context, RouterStatistics, Transformer, next_tokens
 from abyssal.ops.kernels import Kernels, choose_kernels
 
 FAST = choose_kernels(torch.device("cpu"), torch.float32)
@@ -62,7 +62,7 @@ def test_the_fast_versions_give_the_same_network(seed: int, draw_config: Any, bu
         ctx = replace(Context.packed(LENGTHS), balance_weight=0.1)
         h = model(tokens, ctx)
         loss = kernels.cross_entropy(h, model.head_weight, tokens.flip(0))
-        for k, (further, kept) in enumerate(model.predict_further(h, tokens, ctx), start=1):
+        for k, (further, kept) in enumerate(model.predict_further(h, next_tokens(tokens, 1), ctx), start=1):
             loss = loss + k * kernels.cross_entropy(further, model.head_weight, tokens[kept])
         found.append([h, *torch.autograd.grad(loss, list(model.parameters()))])
     for name, plain, fast in zip(["hidden", *dict(model.named_parameters())], *found, strict=True):
@@ -84,7 +84,7 @@ def test_packed_sequences_never_see_each_other(
     for tokens in (before, after):
         ctx = Context.packed(lengths)
         h = model(tokens, ctx)
-        ((further, kept),) = model.predict_further(h, tokens, ctx)
+        ((further, kept),) = model.predict_further(h, next_tokens(tokens, 1), ctx)
         outputs.append((h, further, (kept >= 4) & (kept < 7)))
     (h_1, m_1, middle), (h_2, m_2, _) = outputs
     others = torch.cat((torch.arange(4), torch.arange(7, 12)))
@@ -143,7 +143,7 @@ def test_load_sums_to_tokens_times_choices_in_every_moe_layer(
     statistics = RouterStatistics()
     ctx = replace(Context.packed(LENGTHS[::2]), statistics=statistics)
     tokens = draw_tokens(config, 9, seed)
-    list(model.predict_further(model(tokens, ctx), tokens, ctx))
+    list(model.predict_further(model(tokens, ctx), next_tokens(tokens, 2), ctx))
     k = config.num_experts_per_tok
     assert {layer: int(load.sum()) for layer, load in statistics.expert_load.items()} == {
         1: 9 * k,
@@ -195,7 +195,7 @@ def test_bfloat16_trains_float32_weights_close_to_float32(draw_config: Any, buil
         model.compute_dtype = dtype
         ctx = replace(Context.packed((10, 14)), balance_weight=0.01)
         h = model(tokens, ctx)
-        ((further, kept),) = model.predict_further(h, tokens, ctx)
+        ((further, kept),) = model.predict_further(h, next_tokens(tokens, 1), ctx)
         assert h.dtype == further.dtype == dtype
         loss = FAST.cross_entropy(h, model.head_weight, tokens.roll(-1))
         loss = loss + FAST.cross_entropy(further, model.head_weight, tokens[kept])

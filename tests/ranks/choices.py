@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.model.feed_forward import LocalDispatcher
+from abyssal.model.dispatcher import Dispatcher, ExpertRows, LocalDispatcher
 from abyssal.ops.experts import expert_ffn
 
 INNER = 7
@@ -105,6 +105,13 @@ def numbers(inputs: dict[str, Tensor], output: Tensor, gate_up: Tensor, down: Te
     return {name: value.double().numpy() for name, value in found.items() if value is not None}  # bf16 has no numpy
 
 
+def composed(dispatcher: Dispatcher, inputs: dict[str, Tensor], experts: Callable[[ExpertRows], Tensor]) -> Tensor:
+    """Bring tokens to their experts and back, each start followed by its finish."""
+    in_flight = dispatcher.start_dispatch(inputs["hidden"], inputs["weights"], inputs["experts"])
+    received = dispatcher.finish_dispatch(in_flight)
+    return dispatcher.finish_combine(dispatcher.start_combine(experts(received), received.origin))
+
+
 def unchanged(rows: Tensor) -> Tensor:
     return rows
 
@@ -118,9 +125,10 @@ def in_one_process(
     """Return what the seam's own dispatcher makes of all tokens, after `sent` and before `returned`."""
     inputs, gate_up, down = case.of_all()
     dispatcher = LocalDispatcher(case.num_experts, case.top_k)
-    state = dispatcher.dispatch(sent(inputs["hidden"]), inputs["weights"], inputs["experts"])
-    state["rows"] = kernel(state["rows"], state.pop("row_weights"), state["counts"], gate_up, down)
-    return differentiated(inputs, returned(dispatcher.combine(state)), gate_up, down)
+    output = composed(
+        dispatcher, inputs | {"hidden": sent(inputs["hidden"])}, lambda rows: kernel(*rows[:3], gate_up, down)
+    )
+    return differentiated(inputs, returned(output), gate_up, down)
 
 
 def assert_equal_to_one_process(

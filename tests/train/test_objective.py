@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from abyssal.config import ModelConfig
-from abyssal.model import Context, Transformer, initialise
+from abyssal.model import Context, Transformer, initialise, next_tokens
 from abyssal.ops.kernels import choose_kernels
 from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
 
@@ -33,7 +33,7 @@ def test_objective_equals_the_equations_summed_over_positions(tiny_config: Model
         h = model(t[:-1], ctx)
         log_p = model.logits(h).log_softmax(-1)
         main -= sum(log_p[i, t[i + 1]] for i in range(length))
-        for k, (h_k, kept) in enumerate(model.predict_further(h, t[:-1], ctx), start=1):
+        for k, (h_k, kept) in enumerate(model.predict_further(h, next_tokens(t[:-1], depth), ctx), start=1):
             assert kept.tolist() == list(range(length - k))
             log_p = model.logits(h_k).log_softmax(-1)
             losses[k - 1] -= sum(log_p[i, t[i + k + 1]] for i in range(length - k))

@@ -176,8 +176,8 @@ def _print_traffic(console: Console, run: DryRun) -> None:
     from abyssal.train.dry_run.cost import Traffic
 
     def figures(sent: Traffic) -> tuple[str, ...]:
-        rows = sent.dispatch.rows_to_ranks, sent.dispatch.rows_to_nodes
-        sizes = sent.dispatch.bytes_to_ranks, sent.combine.bytes_to_ranks, sent.all_gather, sent.reduce_scatter
+        rows = sent.dispatch.rows, sent.dispatch.internode_rows
+        sizes = sent.dispatch.bytes, sent.combine.bytes, sent.all_gather, sent.reduce_scatter
         return *map(short, rows), *map(byte_size, (*sizes, sent.all_reduce, sent.pipeline, sent.bytes))
 
     rows = _collapsed(run.stages, lambda stage: figures(stage.traffic))

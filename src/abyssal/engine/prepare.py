@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.model import AbsorbedCore, Transformer
-from abyssal.model.feed_forward import DenseFFN, LocalDispatcher, StackedExperts, State
+from abyssal.model.dispatcher import InFlight, LocalDispatcher
+from abyssal.model.feed_forward import DenseFFN, StackedExperts
 from abyssal.model.layers import Linear
 from abyssal.ops.packed import pack, packed_expert_ffn, packed_linear, why_not_packed
 from abyssal.ops.swiglu import swiglu
@@ -35,9 +36,9 @@ def use_latent_cache(model: Transformer) -> None:
     The main layers share one cache; each MTP module is the only layer of a cache of its own.
     """
     main_layers = model.config.num_hidden_layers
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in model.model.layers.items():
         place = number if number < main_layers else 0
-        layer.self_attn.core = AbsorbedCore(model.config, place, model.kernels.latent_attention)  # type: ignore[union-attr]
+        layer.self_attn.core = AbsorbedCore(model.config, place, model.kernels.latent_attention)
 
 
 def dispatch_plainly(model: Transformer) -> None:
@@ -115,19 +116,18 @@ class PackedExperts(nn.Module):
 class PlainDispatcher(LocalDispatcher):
     """Brings rows to experts that all live here; values only, no gradients."""
 
-    def dispatch(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> State:
-        """Sort (token, choice) pairs by expert: `rows` [M, D], `row_weights` [M], `counts` [E] and the way back."""
+    def start_dispatch(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> InFlight:
+        """Sort the (token, choice) pairs by expert."""
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         places = torch.arange(len(order), device=order.device)
-        return {
-            "rows": hidden.index_select(0, order // self.top_k),  # [M, D]
-            "row_weights": weights.flatten().index_select(0, order),  # [M]
-            "counts": torch.bincount(flat, minlength=self.num_experts),
-            "inverse": torch.empty_like(order).scatter_(0, order, places),
-        }
+        rows = hidden.index_select(0, order // self.top_k)  # [M, D]
+        row_weights = weights.flatten().index_select(0, order)  # [M]
+        counts = torch.bincount(flat, minlength=self.num_experts)
+        inverse = torch.empty_like(order).scatter_(0, order, places)
+        return InFlight((rows, row_weights), handle=(counts, (order, inverse)))
 
-    def combine(self, state: State) -> Tensor:
+    def start_combine(self, rows: Tensor, origin: tuple[Tensor, Tensor]) -> InFlight:
         """Sum each token's rows, in fp32 inside: [M, D] -> [T, D]."""
-        rows = state["rows"].index_select(0, state["inverse"])  # [M, D], the K of a token together
-        return rows.view(-1, self.top_k, rows.shape[-1]).sum(1)
+        rows = rows.index_select(0, origin[1])  # [M, D], the K of a token together
+        return InFlight((rows.view(-1, self.top_k, rows.shape[-1]).sum(1),))

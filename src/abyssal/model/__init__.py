@@ -4,6 +4,8 @@ from abyssal.model.attention import AbsorbedCore, NaiveCore
 from abyssal.model.block import Block
 from abyssal.model.context import Context, LatentCache, RouterStatistics
 from abyssal.model.initialise import initialise
+from abyssal.model.mtp import next_tokens
+from abyssal.model.stage import Stage
 from abyssal.model.transformer import Transformer
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "LatentCache",
     "NaiveCore",
     "RouterStatistics",
+    "Stage",
     "Transformer",
     "initialise",
+    "next_tokens",
 ]

@@ -51,7 +51,7 @@ class NaiveCore:
         k_c, v = kv.split((cfg.qk_nope_head_dim, cfg.v_head_dim), -1)  # eq. 2, 5
         k = torch.cat((k_c, k_r[:, None].expand(-1, heads, -1)), -1)  # [T, H, N+R]  eq. 4
         q = torch.cat((q_c, q_r), -1)  # [T, H, N+R]  eq. 9
-        return self.kernel(q, k, v, ctx.lengths, cfg.softmax_scale)  # eq. 10
+        return self.kernel(q, k, v, ctx.lengths, ctx.lengths, cfg.softmax_scale)  # eq. 10
 
 
 class AbsorbedCore:
@@ -93,13 +93,15 @@ class MultiHeadLatentAttention(nn.Module):
         if config.q_lora_rank is None:
             self.q_proj = Linear(d, heads * config.qk_head_dim)
         else:
-            self.q_a_proj = Linear(d, config.q_lora_rank)
+            self.q_a_proj = Linear(d, config.q_lora_rank)  # W^DQ
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, normalise)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(d, config.kv_lora_rank + config.qk_rope_head_dim)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)  # head by head, W^UQ above W^QR
+        self.kv_a_proj_with_mqa = Linear(d, config.kv_lora_rank + config.qk_rope_head_dim)  # W^DKV above W^KR
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, normalise)
-        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.o_proj = Linear(heads * config.v_head_dim, d)
+        self.kv_b_proj = Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)
+        )  # head by head, W^UK above W^UV
+        self.o_proj = Linear(heads * config.v_head_dim, d)  # W^O
 
     def forward(self, h: Tensor, ctx: Context) -> Tensor:
         """Map [T, D] to [T, D]; `ctx.rotary` holds the angles of its positions."""

@@ -1,26 +1,110 @@
-"""One transformer block in four steps.
+"""One transformer block in four steps, with a named state at each border between two of them.
 
-Legend: T packed tokens, D hidden.
+    attend -> Attended -> dispatch -> Dispatched -> compute -> Computed -> combine -> Combined -> finish
+
+`dispatch` and `combine` only start a transfer; the step after them waits for it. A pipeline runs the steps of one
+micro-batch apart and puts those of another, forward or backward, between them.
+
+Legend: T packed tokens, D hidden, K experts a token, M rows of the experts that live here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from abyssal.config import ModelConfig
 from abyssal.model.attention import MultiHeadLatentAttention, NaiveCore
 from abyssal.model.context import Context
-from abyssal.model.feed_forward import DenseFFN, MixtureOfExperts, State
+from abyssal.model.dispatcher import InFlight
+from abyssal.model.feed_forward import DenseFFN, MixtureOfExperts, Routing
 from abyssal.model.layers import RMSNorm
 from abyssal.ops.kernels import Kernels
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, each on a normed input and added to the residual.
+class Attended(NamedTuple):
+    """Attention is done, and each token knows its experts."""
 
-    `forward` is the composition of `attend`, `dispatch`, `compute` and `combine`, nothing else: whoever runs the four
-    apart, with autograd cut between them, gets the same values and gradients.
+    residual: Tensor  # [T, D]
+    hidden: Tensor  # [T, D] normed, what the feed-forward network reads
+    routing: Routing | None  # none in a dense layer, here and below
+
+
+class Dispatched(NamedTuple):
+    """Rows are on their way to the experts."""
+
+    residual: Tensor  # [T, D]
+    hidden: Tensor  # [T, D]
+    rows: InFlight | None
+
+
+class Computed(NamedTuple):
+    """All networks have run."""
+
+    residual: Tensor  # [T, D]
+    output: Tensor  # [T, D] of the dense network or the shared experts
+    rows: Tensor | None  # [M, D] of the routed experts
+    origin: Any  # how the rows find back to their tokens
+
+
+class Combined(NamedTuple):
+    """Rows are on their way back to their tokens."""
+
+    residual: Tensor  # [T, D]
+    output: Tensor  # [T, D]
+    rows: InFlight | None
+
+
+def tensors(state: Any) -> Iterator[Tensor]:
+    """Yield every tensor of a state, those of tuples in it included, in the order of the fields."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, tuple):
+        for part in state:
+            yield from tensors(part)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Return a state in which `function` has replaced every tensor, as `tensors` yields them; the rest is the same.
+
+    To cut autograd at a border, go on with the state in which each floating tensor is a leaf of its own.
     """
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, tuple):
+        make = getattr(state, "_make", type(state))  # of a NamedTuple, and of a tuple
+        return make(map_tensors(function, part) for part in state)
+    return state
+
+
+class FeedForward(Protocol):
+    """The feed-forward half of a block, in the block's steps."""
+
+    def route(self, hidden: Tensor, ctx: Context) -> Routing | None:
+        """Choose experts for `hidden` [T, D]."""
+        ...
+
+    def dispatch(self, hidden: Tensor, routing: Any) -> InFlight | None:
+        """Start to send rows to their experts."""
+        ...
+
+    def compute(self, hidden: Tensor, rows: Any) -> tuple[Tensor, Tensor | None, Any]:
+        """Wait for the rows and run all networks: what all tokens passed [T, D], rows and their origin."""
+        ...
+
+    def combine(self, rows: Any, origin: Any) -> InFlight | None:
+        """Start to send the experts' rows back."""
+        ...
+
+    def finish(self, output: Tensor, rows: Any) -> Tensor:
+        """Wait for the rows and add them to `output`: [T, D]."""
+        ...
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a normed input and added to the residual."""
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
         """Build layer number `layer`: dense below `first_k_dense_replace`, a mixture of experts from there on."""
@@ -28,29 +112,34 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
         self.self_attn = MultiHeadLatentAttention(config, NaiveCore(config, kernels.attention), kernels.rms_norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
-        self.mlp: DenseFFN | MixtureOfExperts
+        self.mlp: FeedForward
         if config.is_moe(layer):
             self.mlp = MixtureOfExperts(config, layer, kernels.experts)
         else:
             self.mlp = DenseFFN(config, config.intermediate_size)
 
-    def attend(self, x: Tensor, ctx: Context) -> State:
-        """Attention onto the residual; then choose where each token goes."""
+    def attend(self, x: Tensor, ctx: Context) -> Attended:
+        """Add attention to the residual; then choose where each token goes."""
         residual = x + self.self_attn(self.input_layernorm(x), ctx)
-        return self.mlp.route({"residual": residual, "hidden": self.post_attention_layernorm(residual)}, ctx)
+        hidden = self.post_attention_layernorm(residual)
+        return Attended(residual, hidden, self.mlp.route(hidden, ctx))
 
-    def dispatch(self, state: State) -> State:
-        """Send rows to their experts."""
-        return self.mlp.dispatch(state)
+    def dispatch(self, state: Attended) -> Dispatched:
+        """Start to send rows to their experts."""
+        return Dispatched(state.residual, state.hidden, self.mlp.dispatch(state.hidden, state.routing))
 
-    def compute(self, state: State) -> State:
-        """Run the feed-forward networks."""
-        return self.mlp.compute(state)
+    def compute(self, state: Dispatched) -> Computed:
+        """Wait for the rows and run the feed-forward networks."""
+        return Computed(state.residual, *self.mlp.compute(state.hidden, state.rows))
 
-    def combine(self, state: State) -> Tensor:
-        """Bring the rows back and add everything to the residual: [T, D]."""
-        return state["residual"] + self.mlp.combine(state)
+    def combine(self, state: Computed) -> Combined:
+        """Start to send the rows back."""
+        return Combined(state.residual, state.output, self.mlp.combine(state.rows, state.origin))
+
+    def finish(self, state: Combined) -> Tensor:
+        """Wait for the rows and add everything to the residual: [T, D]."""
+        return state.residual + self.mlp.finish(state.output, state.rows)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """Map [T, D] to [T, D]."""
-        return self.combine(self.compute(self.dispatch(self.attend(x, ctx))))
+        return self.finish(self.combine(self.compute(self.dispatch(self.attend(x, ctx)))))

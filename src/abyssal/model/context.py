@@ -41,8 +41,10 @@ class Context:
     """The frozen surroundings of one forward pass over packed tokens.
 
     `lengths` are the tokens of each sequence, one after another in the pack; tokens of different sequences never see
-    each other. `positions` [T] count within a sequence. `balance_weight` multiplies each sequence's balance loss
-    (alpha over the sequences of the whole batch); 0 leaves the loss out.
+    each other. `positions` [T] count within a sequence. What the balance loss calls a sequence may be something else,
+    a window of several documents for example: `balance_lengths` then are the tokens of each; none means `lengths`.
+    `balance_weight` multiplies each such sequence's balance loss (alpha over those of the whole batch); 0 leaves the
+    loss out.
     """
 
     lengths: tuple[int, ...]
@@ -50,6 +52,7 @@ class Context:
     cache: LatentCache | None = None
     statistics: RouterStatistics | None = None
     balance_weight: float = 0.0
+    balance_lengths: tuple[int, ...] | None = None
     rotary: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -67,10 +70,17 @@ class Context:
 
         A sequence of k tokens or fewer keeps its place with none.
         """
-        device = self.positions.device
-        starts = torch.tensor(self.lengths).cumsum(0) - torch.tensor(self.lengths)
+        ends = torch.tensor(self.lengths).cumsum(0)
+        stays = torch.ones(len(self.positions), dtype=torch.bool)
+        for n, end in zip(self.lengths, ends.tolist(), strict=True):
+            stays[end - min(n, k) : end] = False
         lengths = tuple(max(n - k, 0) for n in self.lengths)
-        kept = torch.cat([torch.arange(a, a + n) for a, n in zip(starts.tolist(), lengths, strict=True)])
-        kept = kept.to(device)
+        balance_lengths = self.balance_lengths
+        if balance_lengths is not None:
+            balance_lengths = tuple(int(part.sum()) for part in stays.split(list(balance_lengths)))
+        kept = stays.nonzero().flatten().to(self.positions.device)
         rotary = None if self.rotary is None else (self.rotary[0][kept], self.rotary[1][kept])
-        return replace(self, lengths=lengths, positions=self.positions[kept], rotary=rotary), kept
+        shorter = replace(
+            self, lengths=lengths, balance_lengths=balance_lengths, positions=self.positions[kept], rotary=rotary
+        )
+        return shorter, kept

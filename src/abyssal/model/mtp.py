@@ -15,6 +15,14 @@ from abyssal.model.layers import Linear, RMSNorm
 from abyssal.ops.kernels import Kernels
 
 
+def next_tokens(tokens: Tensor, depth: int) -> list[Tensor]:
+    """Return for k = 1 .. depth the ids k places further on in the pack, [T] each; the last k are the first again.
+
+    Of each sequence's last k places, which are followed by no such token, MTP reads nothing.
+    """
+    return [tokens.roll(-k) for k in range(1, depth + 1)]
+
+
 class SharedHead(nn.Module):
     """The MTP module's own final norm; the output head behind it is the main model's."""
 

@@ -1,11 +1,11 @@
 """Causal attention over packed sequences, with keys and values expanded.
 
-Legend: T packed tokens, H heads, K query/key dims, V value dim.
+Legend: T packed queries, S packed keys, t and s those of one sequence, H heads, K query/key dims, V value dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,20 @@ from torch.nn import functional as F  # noqa: N812
 
 LONGEST = 1024  # tokens a sequence up to which `blocked_attention` keeps the probabilities
 
-Attention = Callable[[Tensor, Tensor, Tensor, Sequence[int], float], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], float], Tensor]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """The definition: every token attends to itself and what precedes it in its own sequence.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int], scale: float
+) -> Tensor:
+    """The definition: every query attends to its own position and those before it in its sequence.
 
     Args:
-        q: [T, H, K], sequences one after another; k likewise.
-        v: [T, H, V].
-        lengths: tokens of each sequence; their sum is T.
+        q: [T, H, K], sequences one after another.
+        k: [S, H, K], likewise.
+        v: [S, H, V].
+        q_lengths: queries of each sequence, those of its last positions; their sum is T.
+        k_lengths: positions of each sequence, no fewer than its queries; their sum is S.
         scale: multiplies q.k before the softmax.
 
     Returns:
@@ -33,31 +37,48 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: fl
     """
     outputs = []
     wide = torch.promote_types(q.dtype, torch.float32)
-    for q_s, k_s, v_s in zip(q.split(list(lengths)), k.split(list(lengths)), v.split(list(lengths)), strict=True):
-        scores = torch.einsum("thd,shd->hts", q_s.to(wide), k_s.to(wide)) * scale  # [H, t, t]
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    for q_i, k_i, v_i in _sequences(q, k, v, q_lengths, k_lengths):
+        scores = torch.einsum("thd,shd->hts", q_i.to(wide), k_i.to(wide)) * scale  # [H, t, s]
+        future = ~_visible(len(q_i), len(k_i), q.device)
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-        outputs.append(torch.einsum("hts,shv->thv", weights, v_s.to(wide)).to(v.dtype))  # [t, H, V]
+        outputs.append(torch.einsum("hts,shv->thv", weights, v_i.to(wide)).to(v.dtype))  # [t, H, V]
     return torch.cat(outputs)  # [T, H, V]
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int], scale: float
+) -> Tensor:
     """`attention` by torch's fused kernel: one call where all sequences are equally long, otherwise one a sequence.
 
     v is padded to K dims, since the fused CPU kernel takes only equal head dims.
     """
     value_dim = v.shape[-1]
     if value_dim < q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - value_dim))  # [T, H, K]
-    equal = len(set(lengths)) == 1
-    parts = [len(lengths)] if equal else [1] * len(lengths)
-    sizes = [q.shape[0]] if equal else list(lengths)
+        v = F.pad(v, (0, q.shape[-1] - value_dim))  # [S, H, K]
+    equal = len(set(zip(q_lengths, k_lengths, strict=True))) == 1
+    count = len(q_lengths) if equal else 1
+    parts = [(q, k, v)] if equal else _sequences(q, k, v, q_lengths, k_lengths)
     outputs = []
-    for n, q_s, k_s, v_s in zip(parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        q_b, k_b, v_b = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q_s, k_s, v_s))  # [n, H, t, K]
-        o = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=True, scale=scale)
+    for part in parts:
+        q_b, k_b, v_b = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in part)  # [n, H, t or s, K]
+        t, s = q_b.shape[2], k_b.shape[2]
+        mask = None if t in (1, s) else _visible(t, s, q.device)  # what is causal at the start needs none
+        o = F.scaled_dot_product_attention(q_b, k_b, v_b, mask, is_causal=t == s, scale=scale)
         outputs.append(o[..., :value_dim].transpose(1, 2).flatten(0, 1))  # [n * t, H, V]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [T, H, V]
+    return outputs[0] if equal else torch.cat(outputs)  # [T, H, V]
+
+
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield each sequence's queries, keys and values."""
+    sizes = list(k_lengths)
+    return zip(q.split(list(q_lengths)), k.split(sizes), v.split(sizes), strict=True)
+
+
+def _visible(t: int, s: int, device: torch.device) -> Tensor:
+    """Mark what the queries of the last t of s positions may see, themselves and what is before them: [t, s]."""
+    return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -113,15 +134,20 @@ class _BlockedAttention(torch.autograd.Function):
         return d_q, d_k, d_v, None
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+def blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int], scale: float
+) -> Tensor:
     """`attention` by plain matrix products, for the short, equally long sequences that a CPU trains on.
 
     Scores are rounded to q's dtype before the softmax. Sequences beyond `LONGEST` tokens, whose probabilities would
-    not be worth keeping, and unequal ones go to `sdpa_attention`. First derivatives only.
+    not be worth keeping, unequal ones and those with fewer queries than keys go to `sdpa_attention`. First derivatives
+    only.
     """
-    if len(set(lengths)) > 1 or lengths[0] > LONGEST:
-        return sdpa_attention(q, k, v, lengths, scale)
+    if len({*q_lengths, *k_lengths}) > 1 or q_lengths[0] > LONGEST:
+        return sdpa_attention(q, k, v, q_lengths, k_lengths, scale)
     heads, value_dim = v.shape[1], v.shape[2]
-    q_m, k_m, v_m = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [n*H, t, .]
+    q_m, k_m, v_m = (
+        x.unflatten(0, (len(q_lengths), -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)
+    )  # [n*H, t, .]
     o: Tensor = _BlockedAttention.apply(q_m, k_m, v_m, scale)  # type: ignore[no-untyped-call]
-    return o.view(len(lengths), heads, -1, value_dim).transpose(1, 2).flatten(0, 1)  # [T, H, V]
+    return o.view(len(q_lengths), heads, -1, value_dim).transpose(1, 2).flatten(0, 1)  # [T, H, V]

@@ -24,8 +24,13 @@ def expert_order(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     """
     flat = experts.flatten()
     order = flat.argsort(stable=True)
-    counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount waits for the device
-    return order, inverse_order(order), counts
+    return order, inverse_order(order), count_experts(flat, num_experts)
+
+
+def count_experts(experts: Tensor, num_experts: int) -> Tensor:
+    """Return how many of the indices (any shape) name each expert: [num_experts]."""
+    flat = experts.flatten()
+    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount waits for the device
 
 
 def inverse_order(order: Tensor) -> Tensor:
@@ -49,11 +54,11 @@ def sum_rows(rows: Tensor, places: Tensor, starts: Tensor) -> Tensor:
     return F.embedding_bag(places, rows, starts, mode="sum")
 
 
-def _spread(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
+def _copy_rows(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
     return hidden.index_select(0, order // top_k)  # [M, D]
 
 
-def _gather(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+def _sum_token_rows(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     return rows.index_select(0, inverse).view(-1, top_k, rows.shape[-1]).sum(1)  # [T, D]
 
 
@@ -62,11 +67,11 @@ class _ToExperts(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
-        return _spread(hidden, order, top_k)
+        return _copy_rows(hidden, order, top_k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _gather(grad, ctx.saved_tensors[0], ctx.top_k), None, None, None
+        return _sum_token_rows(grad, ctx.saved_tensors[0], ctx.top_k), None, None, None
 
 
 class _FromExperts(torch.autograd.Function):
@@ -74,11 +79,11 @@ class _FromExperts(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.top_k = top_k
-        return _gather(rows, inverse, top_k)
+        return _sum_token_rows(rows, inverse, top_k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _spread(grad, ctx.saved_tensors[0], ctx.top_k), None, None, None
+        return _copy_rows(grad, ctx.saved_tensors[0], ctx.top_k), None, None, None
 
 
 def to_experts(hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:

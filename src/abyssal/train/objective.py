@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abyssal.model import Context, RouterStatistics, Transformer
+from abyssal.model import Context, RouterStatistics, Transformer, next_tokens
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def micro_batch_loss(
     cross_entropy, head = model.kernels.cross_entropy, model.head_weight  # whole while the model is in use
     main = cross_entropy(h, head, targets)
     mtp = []
-    for k, (h_k, kept) in enumerate(model.predict_further(h, tokens, ctx), start=1):
+    further = next_tokens(tokens, len(model.mtp_modules))
+    for k, (h_k, kept) in enumerate(model.predict_further(h, further, ctx), start=1):
         mtp.append(cross_entropy(h_k, head, targets[kept + k]))  # eq. 24
     total = main
     if mtp:

@@ -2,6 +2,6 @@
 
 from abyssal.parallel.dispatch.build import expert_parallel_dispatcher
 from abyssal.parallel.dispatch.dispatcher import ExpertParallelDispatcher
-from abyssal.parallel.dispatch.exchange import Traffic
+from abyssal.parallel.dispatch.volume import CommunicationVolume
 
-__all__ = ["ExpertParallelDispatcher", "Traffic", "expert_parallel_dispatcher"]
+__all__ = ["CommunicationVolume", "ExpertParallelDispatcher", "expert_parallel_dispatcher"]

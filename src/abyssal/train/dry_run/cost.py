@@ -10,7 +10,7 @@ import torch
 
 from abyssal.config import RunConfig
 from abyssal.config.parallel import ParallelConfig
-from abyssal.parallel.dispatch.expected import Sent, expected_dispatch
+from abyssal.parallel.dispatch.volume import CommunicationVolume, expected_volume
 from abyssal.parallel.layout import RankLayout
 from abyssal.train.dry_run.parts import EMBEDDING, MOE, MTP, Held, Part
 from abyssal.train.dry_run.stages import CutStage
@@ -46,8 +46,12 @@ class Memory:
 class Traffic:
     """What a rank sends in a step, bytes unless said otherwise; rings send what they must."""
 
-    dispatch: Sent = field(default_factory=Sent)  # rows to experts, and the gradients of what comes back
-    combine: Sent = field(default_factory=Sent)  # what comes back, and the gradients of the rows
+    dispatch: CommunicationVolume = field(
+        default_factory=CommunicationVolume
+    )  # rows to experts, and the gradients of what comes back
+    combine: CommunicationVolume = field(
+        default_factory=CommunicationVolume
+    )  # what comes back, and the gradients of the rows
     all_gather: float = 0.0
     reduce_scatter: float = 0.0
     all_reduce: float = 0.0  # between copies
@@ -64,7 +68,7 @@ class Traffic:
     @property
     def bytes(self) -> float:
         """All kinds."""
-        moved = self.dispatch.bytes_to_ranks + self.combine.bytes_to_ranks
+        moved = self.dispatch.bytes + self.combine.bytes
         return moved + self.all_gather + self.reduce_scatter + self.all_reduce + self.pipeline
 
 
@@ -127,13 +131,13 @@ def _of_weights(held: Held, config: ParallelConfig, share: Share) -> Traffic:
 
 
 def _of_experts(stage: CutStage, config: RunConfig, layout: RankLayout, share: Share, rank: int) -> Traffic:
-    token, micro_batch = expected_dispatch(config.parallel, layout, config.model, _dtype(config), rank)
+    token, micro_batch = expected_volume(config.parallel, layout, config.model, _dtype(config), rank)
     layers = stage.parts.get(MOE, 0)
     modules = stage.parts.get(MTP, 0)
     # MTP module k sees all but the last k positions of a sequence
     tokens = share.sequences * (layers * share.length + sum(share.length - k for k in range(1, modules + 1)))
     calls = share.micro_batches * (layers + modules)
-    sent = {leg: token[leg] * tokens + micro_batch[leg] * calls for leg in token}
+    sent = {name: token[name] * tokens + micro_batch[name] * calls for name in token}
     return Traffic(
         dispatch=sent["dispatch"] + sent["combine_backward"], combine=sent["combine"] + sent["dispatch_backward"]
     )

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from abyssal.config import ModelConfig, load_recipe
 from abyssal.config.parallel import ParallelConfig
 from abyssal.parallel.dispatch import expert_parallel_dispatcher
-from abyssal.parallel.dispatch.expected import expected_dispatch
+from abyssal.parallel.dispatch.volume import CommunicationVolume, expected_volume
 from abyssal.parallel.layout import RankLayout
 from ranks import run_ranks
+from ranks.choices import composed
 
 RANKS, HIDDEN = 4, 136
 #: Groups, of which a token may use so many, and experts a token.
@@ -60,10 +61,9 @@ def _dispatch() -> list[dict[str, Any]]:
         experts = every_choice(model)
         hidden = torch.ones(len(experts), HIDDEN, dtype=kind, requires_grad=True)
         weights = torch.ones(experts.shape, dtype=torch.promote_types(kind, torch.float32), requires_grad=True)
-        state = dispatcher.dispatch(hidden, weights, experts)
-        state["rows"] = (state["rows"] * state.pop("row_weights")[:, None]).to(kind)
-        dispatcher.combine(state).sum().backward()
-        found.append({leg: asdict(traffic) for leg, traffic in dispatcher.traffic.items()})
+        inputs = {"hidden": hidden, "weights": weights, "experts": experts}
+        composed(dispatcher, inputs, lambda r: (r.rows * r.row_weights[:, None]).to(r.rows.dtype)).sum().backward()
+        found.append({name: asdict(volume) for name, volume in dispatcher.volumes.items()})
     return found
 
 
@@ -80,14 +80,14 @@ def test_expected_rows_and_bytes_are_those_of_balanced_choices(number: int, sent
     layout = RankLayout(1, 1, 1, RANKS, node_size)
     tokens = len(every_choice(model))
     for rank in range(RANKS):
-        token, micro_batch = expected_dispatch(config, layout, model, getattr(torch, dtype), rank)
-        expected = {leg: asdict(token[leg] * tokens + micro_batch[leg]) for leg in token}
-        assert expected["dispatch"]["rows_to_ranks"] > 0
-        for leg, counters in sent[rank][number].items():
-            assert expected[leg] == pytest.approx(counters, rel=1e-12, abs=1e-9), (leg, rank)
+        token, micro_batch = expected_volume(config, layout, model, getattr(torch, dtype), rank)
+        expected = {name: asdict(token[name] * tokens + micro_batch[name]) for name in token}
+        assert expected["dispatch"]["rows"] > 0
+        for name, counters in sent[rank][number].items():
+            assert expected[name] == pytest.approx(counters, rel=1e-12, abs=1e-9), (name, rank)
 
 
 def test_experts_of_one_rank_send_nothing() -> None:
     layout = RankLayout(1, 1, 4, 1, 8)
-    token, micro_batch = expected_dispatch(ParallelConfig(), layout, shape("free"), torch.bfloat16)
-    assert {*token.values(), *micro_batch.values()} == {type(token["dispatch"])()}
+    token, micro_batch = expected_volume(ParallelConfig(), layout, shape("free"), torch.bfloat16)
+    assert all(volume == CommunicationVolume() for volume in (*token.values(), *micro_batch.values()))

@@ -1,4 +1,4 @@
-"""What a row is sent in.
+"""What a row is sent as.
 
 Legend: S rows, D hidden, C = ceil(D / 128).
 """
@@ -14,32 +14,32 @@ from torch import Tensor
 from abyssal.ops.row_fp8 import dequantise_rows, quantise_rows
 
 
-class Encoding(Protocol):
-    """Rows into what travels, and back."""
+class PayloadFormat(Protocol):
+    """Rows to a payload, and back."""
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Return the message of rows [S, D], a row each."""
+        """Return the payload of rows [S, D], a row each."""
         ...
 
-    def decode(self, message: Tensor) -> Tensor:
-        """Return the rows of a message: [S, D]."""
+    def decode(self, payload: Tensor) -> Tensor:
+        """Return the rows of a payload: [S, D]."""
         ...
 
 
-class Plain:
+class PlainPayload:
     """Rows as they are."""
 
     def encode(self, rows: Tensor) -> Tensor:
         """Return them."""
         return rows
 
-    def decode(self, message: Tensor) -> Tensor:
+    def decode(self, payload: Tensor) -> Tensor:
         """Return them."""
-        return message
+        return payload
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8Payload:
     """A byte a value, and one for the scale of each 128, a power of two. Paper: §3.3.2, §3.3.3."""
 
     width: int  # D
@@ -50,7 +50,7 @@ class Fp8:
         fp8, scale = quantise_rows(rows, power_of_two=True)
         return torch.cat([fp8.view(torch.uint8), scale.to(torch.float8_e8m0fnu).view(torch.uint8)], 1)
 
-    def decode(self, message: Tensor) -> Tensor:
+    def decode(self, payload: Tensor) -> Tensor:
         """Return values times scales, rounded to the rows' dtype: [S, D]."""
-        fp8, scale = message[:, : self.width], message[:, self.width :]
+        fp8, scale = payload[:, : self.width], payload[:, self.width :]
         return dequantise_rows(fp8.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu), self.dtype)

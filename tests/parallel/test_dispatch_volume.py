@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from abyssal.config.parallel import ParallelConfig
+from abyssal.model.dispatcher import ExpertRows
 from abyssal.ops.experts import expert_ffn
 from abyssal.ops.permute import expert_order
 from abyssal.ops.row_fp8 import dequantise_rows, quantise_rows
@@ -20,7 +21,14 @@ from abyssal.parallel.dispatch import expert_parallel_dispatcher
 from abyssal.parallel.dispatch.build import node_groups
 from abyssal.parallel.layout import RankLayout
 from ranks import run_ranks
-from ranks.choices import Choices, assert_equal_to_one_process, differentiated, draw_cases, in_one_process
+from ranks.choices import (
+    Choices,
+    assert_equal_to_one_process,
+    composed,
+    differentiated,
+    draw_cases,
+    in_one_process,
+)
 
 PATHS = ("direct", "node_limited")
 
@@ -31,7 +39,7 @@ def weigh(rows: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
 
 
 def run_all(drawn: list[Choices], node_size: int, dispatch_dtype: str, kernel: Any) -> dict[tuple[str, str], Any]:
-    """Run every case along both paths; return what came, results, types and traffic."""
+    """Run every case along both paths; return what came, results, types and volumes."""
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     layout = RankLayout(1, 1, 1, ranks, node_size)
@@ -43,19 +51,22 @@ def run_all(drawn: list[Choices], node_size: int, dispatch_dtype: str, kernel: A
             )
             dispatcher = expert_parallel_dispatcher(config, layout, dist.group.WORLD, case.num_experts)
             inputs, *stacks = case.of_rank(dist.get_rank())
-            state = dispatcher.dispatch(inputs["hidden"], inputs["weights"], inputs["experts"])
-            came = state["rows"].detach().double().numpy()
-            types = (state["rows"].dtype, state["row_weights"].dtype)
-            state["rows"] = kernel(state["rows"], state.pop("row_weights"), state["counts"], *stacks)
-            output = dispatcher.combine(state)
+            seen: list[ExpertRows] = []
+
+            def run(received: ExpertRows, seen: Any = seen, stacks: Any = stacks) -> Tensor:
+                seen.append(received)
+                return kernel(received.rows, received.row_weights, received.counts, *stacks)  # type: ignore[no-any-return]
+
+            output = composed(dispatcher, inputs, run)
+            rows, row_weights, *_ = seen[0]
             if kernel is weigh:  # which has no gradients for the experts
                 for stack in stacks:
                     stack.grad = torch.zeros_like(stack)
             found[case.name, path] = {
-                "rows": came,
-                "types": (*types, output.dtype),
+                "rows": rows.detach().double().numpy(),
+                "types": (rows.dtype, row_weights.dtype, output.dtype),
                 "results": differentiated(inputs, output, *stacks),
-                "traffic": {leg: asdict(traffic) for leg, traffic in dispatcher.traffic.items()},
+                "volumes": {name: asdict(volume) for name, volume in dispatcher.volumes.items()},
             }
     return found
 
@@ -90,22 +101,22 @@ def test_eight_ranks_on_two_nodes_send_a_token_to_a_node_once_and_get_equal_resu
             tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
             assert_equal_to_one_process(results, expected, f"{case}, {path}", tolerance)
         for rank, part in enumerate(found):
-            direct, limited = (part[case.name, path]["traffic"] for path in PATHS)
-            for leg in ("dispatch", "combine_backward"):
-                assert direct[leg]["rows_to_ranks"] == counted["pairs to ranks"][rank]
-                assert direct[leg]["rows_to_nodes"] == counted["pairs to nodes"][rank]
-                assert limited[leg]["rows_to_nodes"] == counted["tokens to nodes"][rank]
-                assert limited[leg]["rows_to_ranks"] == counted["tokens to nodes"][rank] + counted["relayed"][rank]
-                assert limited[leg]["rows_to_nodes"] <= direct[leg]["rows_to_nodes"]
-        for leg in ("dispatch", "combine", "dispatch_backward", "combine_backward"):
+            direct, limited = (part[case.name, path]["volumes"] for path in PATHS)
+            for name in ("dispatch", "combine_backward"):
+                assert direct[name]["rows"] == counted["pairs to ranks"][rank]
+                assert direct[name]["internode_rows"] == counted["pairs to nodes"][rank]
+                assert limited[name]["internode_rows"] == counted["tokens to nodes"][rank]
+                assert limited[name]["rows"] == counted["tokens to nodes"][rank] + counted["relayed"][rank]
+                assert limited[name]["internode_rows"] <= direct[name]["internode_rows"]
+        for name in ("dispatch", "combine", "dispatch_backward", "combine_backward"):
             crossed = {
-                path: sum(part[case.name, path]["traffic"][leg]["rows_to_nodes"] for part in found) for path in PATHS
+                path: sum(part[case.name, path]["volumes"][name]["internode_rows"] for part in found) for path in PATHS
             }
             assert crossed["direct"] == sum(counted["pairs to nodes"])
             assert crossed["node_limited"] == sum(counted["tokens to nodes"])
             if crossed["direct"]:
                 ratio = crossed["node_limited"] / crossed["direct"]
-                print(f"{case.name}, {leg}: {crossed} rows cross nodes, {ratio:.2f} as many")
+                print(f"{case.name}, {name}: {crossed} rows cross nodes, {ratio:.2f} as many")
 
 
 def rounded(rows: Tensor) -> Tensor:
@@ -173,21 +184,21 @@ def test_bytes_are_those_of_rows_weights_lists_and_counts(path: str, dispatch_dt
     out = 300 + math.ceil(300 / 128) if dispatch_dtype == "fp8" else 2 * 300
     back = 2 * 300
     for rank, part in enumerate(found):
-        traffic = part[case.name, path]["traffic"]
+        volumes = part[case.name, path]["volumes"]
         if path == "direct":
             pairs, plan = counted["pairs to nodes"][rank], 2 * case.experts * 8  # to two ranks of the other node
-            assert traffic["dispatch"]["bytes_to_nodes"] == pairs * (out + 4) + plan
-            assert traffic["combine_backward"]["bytes_to_nodes"] == pairs * out
+            assert volumes["dispatch"]["internode_bytes"] == pairs * (out + 4) + plan
+            assert volumes["combine_backward"]["internode_bytes"] == pairs * out
             pairs, plan = counted["pairs to ranks"][rank], 3 * case.experts * 8
-            assert traffic["dispatch"]["bytes_to_ranks"] == pairs * (out + 4) + plan
-            assert traffic["combine_backward"]["bytes_to_ranks"] == pairs * out
+            assert volumes["dispatch"]["bytes"] == pairs * (out + 4) + plan
+            assert volumes["combine_backward"]["bytes"] == pairs * out
         else:
             rows, pairs = counted["tokens to nodes"][rank], counted["pairs to nodes"][rank]
             plan = 2 * (2 * case.experts + 1) * 8
-            assert traffic["dispatch"]["bytes_to_nodes"] == rows * out + pairs * (4 + 4) + plan
-            assert traffic["combine_backward"]["bytes_to_nodes"] == rows * out
-    for leg, of_weights in (("combine", 0), ("dispatch_backward", 4)):
-        sent = sum(part[case.name, path]["traffic"][leg]["bytes_to_nodes"] for part in found)
+            assert volumes["dispatch"]["internode_bytes"] == rows * out + pairs * (4 + 4) + plan
+            assert volumes["combine_backward"]["internode_bytes"] == rows * out
+    for name, of_weights in (("combine", 0), ("dispatch_backward", 4)):
+        sent = sum(part[case.name, path]["volumes"][name]["internode_bytes"] for part in found)
         rows = sum(counted["pairs to nodes" if path == "direct" else "tokens to nodes"])
         assert sent == rows * back + sum(counted["pairs to nodes"]) * of_weights
 
@@ -211,8 +222,8 @@ def test_bf16_rows_keep_their_type_and_sums_are_rounded_once_or_once_a_node_too(
 
 def test_node_groups_are_rows_and_columns_of_every_expert_group() -> None:
     groups = node_groups(RankLayout(pp_size=2, dp_replicate_size=1, edp_size=1, ep_size=6, node_size=3))
-    assert groups["experts_across_nodes"] == [[0, 3], [1, 4], [2, 5], [6, 9], [7, 10], [8, 11]]
-    assert groups["experts_within_node"] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert groups["experts_internode"] == [[0, 3], [1, 4], [2, 5], [6, 9], [7, 10], [8, 11]]
+    assert groups["experts_intranode"] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
 
 def run_beside(case: Choices) -> dict[str, Any]:
@@ -225,9 +236,8 @@ def run_beside(case: Choices) -> dict[str, Any]:
     dispatcher = expert_parallel_dispatcher(config, layout, own, case.num_experts)
     case = replace(case, seed=case.seed + rank // 2)
     inputs, *stacks = case.of_rank(rank % 2)
-    state = dispatcher.dispatch(inputs["hidden"], inputs["weights"], inputs["experts"])
-    state["rows"] = expert_ffn(state["rows"], state.pop("row_weights"), state["counts"], *stacks)
-    return differentiated(inputs, dispatcher.combine(state), *stacks)
+    output = composed(dispatcher, inputs, lambda received: expert_ffn(*received[:3], *stacks))
+    return differentiated(inputs, output, *stacks)
 
 
 def test_expert_groups_beside_one_another_do_not_meet() -> None:
