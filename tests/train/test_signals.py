@@ -101,7 +101,7 @@ def test_second_signal_ends_at_once(small_recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cut" / "checkpoints" / "step-00000005").exists()
 
 
-@pytest.mark.parametrize("point", ["Writer", "render", "_put"])
+@pytest.mark.parametrize("point", ["ReproducibleWriter", "render", "_put_in_place"])
 def test_killed_while_a_state_is_written_resumes_to_the_bit(
     small_run: RunConfig, small_recipe: Path, tmp_path: Path, point: str
 ) -> None:
