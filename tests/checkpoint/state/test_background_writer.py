@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from abyssal.checkpoint import writer as module
 from abyssal.checkpoint.state import StateWriter, load_state, save_state, states
+from abyssal.checkpoint.state import background_writer as module
 from abyssal.errors import CheckpointError
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
