@@ -31,7 +31,7 @@ from torch import Tensor
 from abyssal.config import ModelConfig
 from abyssal.engine import ContiguousLatentCache, prepare_for_inference
 from abyssal.machine.describe import available_cores
-from abyssal.machine.probe import measure
+from abyssal.machine.matmul_speed import measure_matmul
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from abyssal.plan import count_parameters, decode_flops, forward_flops
@@ -205,7 +205,7 @@ def main() -> None:
         return
 
     settle(available_cores())
-    bandwidth, peak = read_bandwidth(), measure([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
+    bandwidth, peak = read_bandwidth(), measure_matmul([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
     tokens = {"prefill": arguments.prefill, **{f"batch {batch}": batch for batch in arguments.batch}}
     least = floors(config, arguments, bandwidth, peak)
     sides = {

@@ -27,7 +27,7 @@ from abyssal.parallel.dispatch.direct import DirectPlanner
 from abyssal.parallel.dispatch.dispatcher import ExpertParallelDispatcher
 from abyssal.parallel.dispatch.node_limited import NodeLimitedPlanner
 from abyssal.parallel.dispatch.transfer import FromExperts, ToExperts
-from abyssal.parallel.ranks import Ranks
+from abyssal.ranks.ranks import Ranks
 from abyssal.train import step
 from abyssal.train.optimizer import Optimizers
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from abyssal.config import RunConfig, Schedule, load_recipe
+from abyssal.config import RunConfig, ValueSchedule, load_recipe
 from abyssal.machine.describe import available_cores
 from abyssal.machine.limits import measure_limits
 from abyssal.plan.calibration import Calibration
@@ -45,7 +45,7 @@ def runs() -> dict[str, RunConfig]:
         "model": SHAPES["S"]().model_dump(),
         "optimizer": values["optimizer"] | {"name": "adamw"},
         "train": values["train"] | {"sequence_length": 512, "micro_batch_size": 8},
-        "schedule": values["schedule"] | {"batch_size": Schedule(start=8).model_dump()},
+        "schedule": values["schedule"] | {"batch_size": ValueSchedule(start=8).model_dump()},
     }
     return {
         "S": RunConfig.parse(shape_s, "bench"),

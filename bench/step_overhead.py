@@ -31,13 +31,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from abyssal.checkpoint.agreement import Agreement
 from abyssal.config import RunConfig, load_recipe
 from abyssal.machine.describe import available_cores
-from abyssal.machine.probe import choose_compute_dtype, measure
+from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
 from abyssal.parallel.layout import lay_out
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.launch import Launch
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.setup import build_model, settle
 from abyssal.train.signals import StopSignals
@@ -129,10 +129,9 @@ def in_parts(step: Step, parts: Parts, steps: int) -> dict[str, dict[str, float]
 
 def small_messages(ranks: Ranks, repeats: int = 50) -> dict[str, float]:
     """Return the milliseconds of what is too short to be seen in a step."""
-    group = Agreement(ranks.control)
     return {
         "a barrier of ranks that come together": round(timed(dist.barrier, repeats)[0], 3),
-        "writer.check, while a state is written": round(timed(lambda: group.agree(lambda: True, all), repeats)[0], 3),
+        "writer.check, while a state is written": round(timed(lambda: ranks.agree(lambda: True, all), repeats)[0], 3),
     }
 
 
@@ -140,7 +139,7 @@ def rank_main(rank: int, world_size: int, port: int, dtype: str, rounds: int, re
     settle(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    ranks = Ranks.joined(world_size)
+    ranks = Ranks.of_world(Launch(local_world_size=world_size))
     base = ["optimizer.name=adamw", f"train.compute_dtype={dtype}", "train.threads=1"]
     configs = {
         name: load_recipe("demo", [*base, *(f"parallel.{field}={value}" for field, value in fields.items())])
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what a run would choose here")
     arguments = parser.parse_args()
-    dtype = arguments.dtype or str(choose_compute_dtype(measure()).dtype).removeprefix("torch.")
+    dtype = arguments.dtype or str(choose_compute_dtype(measure_matmul()).dtype).removeprefix("torch.")
     figures: dict[str, Any] = {"dtype": dtype}
     for world_size in arguments.ranks:
         with socket.socket() as listener:

@@ -23,9 +23,9 @@ from collections.abc import Callable
 
 import torch
 
-from abyssal.config import ModelConfig, RunConfig, Schedule, load_recipe
+from abyssal.config import ModelConfig, RunConfig, ValueSchedule, load_recipe
 from abyssal.machine.describe import available_cores
-from abyssal.machine.probe import measure
+from abyssal.machine.matmul_speed import measure_matmul
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from abyssal.plan import training_flops
@@ -43,7 +43,7 @@ WARM_UP_STEPS, TIMED_STEPS = 3, 3
 def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
     """One step of `train_step`, everything on: clipping, balancing bias, balance loss."""
     base = load_recipe("demo")
-    constant = Schedule(start=len(windows))
+    constant = ValueSchedule(start=len(windows))
     run = RunConfig.parse(
         base.model_dump()
         | {
@@ -124,7 +124,7 @@ def main() -> None:
 
     peers = [f"transformers {e} {precision}" for e in arguments.experts for precision in ("bf16 autocast", "fp32")]
     tokens = arguments.sequences * arguments.length
-    peak = measure([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
+    peak = measure_matmul([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
     best: dict[str, dict[str, float]] = {}
     for _ in range(arguments.rounds):
         for name in (OURS, *peers):

@@ -60,3 +60,15 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `"; nearest: x"` for the allowed name most like `name`, or `""` when none is alike."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f"; nearest: {close[0]}" if close else ""
+
+
+def nearest_numbers(value: int, allowed: Iterable[int]) -> str:
+    """Return the allowed numbers next below and next above a value that is not among them; they ascend."""
+    numbers = list(allowed)
+    below, above = [n for n in numbers if n < value], [n for n in numbers if n > value]
+    return ", ".join(map(str, (*below[-1:], *above[:1])))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

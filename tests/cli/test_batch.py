@@ -14,7 +14,7 @@ import torch
 
 from abyssal.cli.main import main
 from abyssal.engine import Engine, SamplingParameters, batch, load, load_model, stream_text
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 Capture = pytest.CaptureFixture[str]
 WORDS = ("def", "f(x)", "return", "x", "* x", "naïve", "if", "\n")

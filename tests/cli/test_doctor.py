@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.machine import probe
+from abyssal.machine import matmul_speed
 from abyssal.machine.describe import describe_machine
 from abyssal.ops.kernels import choose_kernels
 
 
 def test_machine_choice_and_versions_are_shown(abyssal: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(*, device: str) -> probe.MachineSpeed:
-        return probe.MachineSpeed(device, 3, {torch.float32: 100.0, torch.bfloat16: 250.0})
+    def measured(*, device: str) -> matmul_speed.MatmulSpeed:
+        return matmul_speed.MatmulSpeed(device, 3, {torch.float32: 100.0, torch.bfloat16: 250.0})
 
-    monkeypatch.setattr(probe, "measure", measured)
+    monkeypatch.setattr(matmul_speed, "measure_matmul", measured)
     result = abyssal("doctor")
     assert (result.code, result.err) == (0, "")
     rows = {line.split(maxsplit=1)[0]: line for line in result.out.splitlines() if line.strip()}

@@ -9,7 +9,7 @@ import pytest
 
 from abyssal.config.run import DataConfig, TokenizerConfig
 from abyssal.data.corpus import split_of
-from abyssal.data.manifest import NAME, Manifest
+from abyssal.data.manifest import MANIFEST_NAME, DatasetManifest
 from abyssal.data.prepare import prepare
 from abyssal.data.shards import Shards
 from abyssal.errors import DataError
@@ -41,7 +41,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_every_document_is_in_one_split_word_for_word(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     manifest = prepare(config(corpus), TRAINED, VOCAB, out, seed=3)
-    assert manifest == Manifest.read(out)
+    assert manifest == DatasetManifest.read(out)
     found = {split: texts(out, split) for split in ("train", "validation", "heldout")}
     assert all(len(split) >= 5 for split in found.values())
     assert sorted(chain(*found.values())) == sorted(path.read_text() for path in corpus.rglob("*.txt"))
@@ -165,7 +165,7 @@ def test_damage_is_found_before_data_is_used_again(corpus: Path, tmp_path: Path)
         prepare(config(corpus), TRAINED, VOCAB, out, seed=3)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", NAME])
+@pytest.mark.parametrize("name", ["tokenizer.json", MANIFEST_NAME])
 def test_full_disk_is_one_sentence_and_leaves_no_manifest(corpus: Path, tmp_path: Path, name: str, monkeypatch) -> None:
     out = tmp_path / "data"
     out.mkdir()
@@ -177,7 +177,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_manifest(corpus: Path, tmp_path
     monkeypatch.setattr("abyssal.files.atomic.flush", full)
     with pytest.raises(DataError, match=rf"{name}: cannot write it \(No space left on device; free some space"):
         prepare(config(corpus), TRAINED, VOCAB, out, seed=3)
-    assert not (out / NAME).exists()
+    assert not (out / MANIFEST_NAME).exists()
     assert not list(out.glob(".*"))
 
 
@@ -191,7 +191,7 @@ def test_disk_that_fills_up_in_a_shard_is_one_sentence(corpus: Path, tmp_path: P
         DataError, match=r"train-\d+\.\w+\.npy: cannot write it \(No space left on device; free some space"
     ):
         prepare(config(corpus), TRAINED, VOCAB, tmp_path / "data", seed=3)
-    assert not (tmp_path / "data" / NAME).exists()
+    assert not (tmp_path / "data" / MANIFEST_NAME).exists()
 
 
 def test_an_interrupted_preparation_is_begun_anew_and_nothing_else_is_touched(corpus: Path, tmp_path: Path) -> None:

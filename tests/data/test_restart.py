@@ -8,7 +8,7 @@ import pytest
 
 from abyssal.config.run import DataConfig, TokenizerConfig
 from abyssal.data import encode
-from abyssal.data.manifest import NAME
+from abyssal.data.manifest import MANIFEST_NAME
 from abyssal.data.prepare import UNFINISHED, prepare
 
 VOCAB = 300
@@ -47,7 +47,7 @@ def killed(corpus: Path, out: Path, at: int) -> None:
     program = [sys.executable, "-c", PROGRAM, str(corpus), str(out), str(at)]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     assert subprocess.run(program, env=environment, check=False).returncode == -signal.SIGKILL
-    assert not (out / NAME).exists()
+    assert not (out / MANIFEST_NAME).exists()
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from abyssal.parallel.deal import Matrix, Part, Spread, chunk, deal
+from abyssal.parallel.deal import Matrix, Part, Spread, deal
+from abyssal.ranks.placements import chunk
 from ranks import run_ranks
 
 
@@ -108,7 +109,7 @@ def _read_placements() -> None:
     ]
     assert list(found.parts) == expected
     for placements in ([Replicate(), Shard(2), Shard(0)], [Replicate(), Replicate(), Shard(-1)]):
-        with pytest.raises(ValueError, match="rows and stacked matrices may be sharded"):
+        with pytest.raises(ValueError, match="columns are sharded; rows and stacked matrices may be"):
             Spread.of(DTensor.from_local(local, mesh, placements, run_check=False), 1, range(12))
     for other in (torch.zeros(5, 10, 7), stack):
         with pytest.raises(ValueError, match="a DTensor over all ranks"):

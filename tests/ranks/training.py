@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from abyssal.parallel.ranks import Ranks
+from abyssal.ranks.ranks import Ranks
 from ranks import run_ranks
 
 #: The demo with small dims that all differ, two micro-batches for one process, and batches that 8 ranks can share.

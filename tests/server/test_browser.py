@@ -23,7 +23,7 @@ from playwright import sync_api
 
 from abyssal.engine import Engine, EngineOptions, LoadedModel, Output, Request, SamplingParameters, load_model
 from abyssal.server import ServerOptions, create_app
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ENGINE = EngineOptions(max_running=4, page_tokens=8, num_drafts=1, adapt_drafts=False)

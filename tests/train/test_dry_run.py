@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from abyssal.config import RunConfig, load_recipe
 from abyssal.errors import UsageError
-from abyssal.parallel.apply import copies, local
 from abyssal.parallel.layout import RankLayout, lay_out
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import Ranks
 from abyssal.plan import count_parameters
+from abyssal.ranks.launch import Launch
+from abyssal.ranks.placements import copies, local
+from abyssal.ranks.ranks import Ranks
 from abyssal.train.dry_run import DryRun, dry_run
 from abyssal.train.dry_run.parts import DENSE, EMBEDDING, HEAD, MOE, MTP, build_parts, part_of
 from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
@@ -129,7 +130,7 @@ def test_the_first_rank_of_a_stage_holds_the_most() -> None:
 def _real(cases: list[RunConfig]) -> list[dict[str, Any]]:
     """Make one step of each run on this rank; return shapes, bytes of the state, and bytes of every collective."""
     dist.init_process_group("gloo")
-    ranks, found = Ranks.joined(dist.get_world_size()), []
+    ranks, found = Ranks.of_world(Launch(local_world_size=dist.get_world_size())), []
     for config in cases:
         layout = lay_out(config.parallel, config.model, ranks.world_size, ranks.local_world_size)
         state = TrainingState(config, torch.device("cpu"), ranks, Mesh.over(layout, torch.device("cpu")))

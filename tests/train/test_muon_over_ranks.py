@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from abyssal.checkpoint.state import leaves, save_state
 from abyssal.config import RunConfig, load_recipe
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import Ranks
+from abyssal.ranks.ranks import Ranks
 from abyssal.train.setup import fit
 from abyssal.train.step import train_step
 from abyssal.train.training_state import TrainingState
@@ -76,7 +76,7 @@ class Run:
 def _train(root: Path) -> None:
     """Train in every layout from the beginning, in the last one in fp32 too; write the first one's state on the way."""
     dist.init_process_group("gloo")
-    ranks, found = Ranks.joined(), {}
+    ranks, found = Ranks.of_world(), {}
     for name, layout in LAYOUTS.items():
         run = Run("float64", layout, ranks)
         losses = run.train(SAVED)
@@ -94,7 +94,7 @@ def _train(root: Path) -> None:
 def _go_on(root: Path) -> None:
     """Read that state in other layouts, and train on."""
     dist.init_process_group("gloo")
-    ranks, found, saved = Ranks.joined(), {}, torch.load(root / "saved.pt")
+    ranks, found, saved = Ranks.of_world(), {}, torch.load(root / "saved.pt")
     for name in list(LAYOUTS)[1:]:
         found[name] = go_on(Run("float64", LAYOUTS[name], ranks), root, saved)
     if ranks.is_first:

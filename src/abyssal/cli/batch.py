@@ -91,7 +91,7 @@ class BatchCommand:
 
     def _asking(self, *, chats: bool) -> Callable[[LoadedModel, BatchLine], Request]:
         """Return what makes a request of a line; reads the chat template if there are `chats`."""
-        from abyssal.text.chat import ChatTemplate
+        from abyssal.text.chat_template import ChatTemplate
 
         template = ChatTemplate.load(self.model) if chats else None
 

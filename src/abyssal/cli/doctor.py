@@ -13,11 +13,11 @@ def doctor() -> None:
     from rich.table import Table
 
     from abyssal.machine.describe import describe_machine
-    from abyssal.machine.probe import choose_compute_dtype, measure
+    from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
     from abyssal.ops.kernels import choose_kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speed = measure(device=device.type)
+    speed = measure_matmul(device=device.type)
     choice = choose_compute_dtype(speed)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")

@@ -56,7 +56,7 @@ def train(
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
     from abyssal.errors import Stopped
-    from abyssal.parallel.start import joined
+    from abyssal.ranks.join import join
     from abyssal.train.run_folder import RunFolder
 
     config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
@@ -64,16 +64,14 @@ def train(
         return print_dry_run(config, world_size, out=out, resume=resume, as_json=as_json)
     refuse_without_dry_run(world_size, as_json)
     folder = RunFolder(out or Path("runs") / config.name)
-    with joined(silence_s=config.parallel.silence_s) as info:
-        from abyssal.parallel.ranks import Ranks
+    with join(silence_s=config.parallel.silence_s) as ranks:
         from abyssal.train import loop
 
-        ranks = Ranks.joined(info.local_world_size)
         console = Console(quiet=not ranks.is_first)
         try:
-            again = ranks.first(lambda: folder.was_begun_by(info.launch_id, config))
+            again = ranks.first(lambda: folder.was_begun_by(ranks.launch.id, config))
             if not resume and not again:
-                model = loop.start(config, folder.path, console, ranks, launch_id=info.launch_id)
+                model = loop.start(config, folder.path, console, ranks, launch_id=ranks.launch.id)
             elif not resume:
                 console.print("started again by its launcher", highlight=False)
                 model = loop.resume(folder.path, console, ranks=ranks)

@@ -11,7 +11,7 @@ from abyssal.engine.sampling import SamplingParameters
 from abyssal.engine.speculate import Speculation
 from abyssal.engine.text_stream import Chunk, stream_text
 from abyssal.errors import UsageError
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 
 class Conversation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -116,19 +116,3 @@ def reshard(model: nn.Module) -> None:
     """Drop the gathered weights, as after passes without a backward pass, so that the shards are the weights again."""
     for unit in units(model):
         unit.reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def copies(tensor: Tensor) -> int:
-    """Return on how many ranks each element of a sharded tensor stands."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    placed: Any = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    found = 1
-    for size, placement in placed:
-        found *= size if placement.is_replicate() else 1
-    return found

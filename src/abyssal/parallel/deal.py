@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Self
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+
+from abyssal.ranks.placements import is_distributed, shard_by_rank
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,20 @@ class Spread:
         Raises:
             ValueError: it is none, or columns are sharded, or other ranks hold it.
         """
-        if not isinstance(parameter, DTensor) or sorted(parameter.device_mesh.mesh.flatten().tolist()) != sorted(ranks):
+        shards = shard_by_rank(parameter) if is_distributed(parameter) else {}
+        if sorted(shards) != sorted(ranks):
             raise ValueError("a matrix must be a DTensor over all ranks of its pipeline stage")
         leading = parameter.dim() - 2
         if leading not in (0, 1):
             raise ValueError(f"shape {tuple(parameter.shape)}: a matrix, or one dim of stacked ones, is expected")
         stack, height, columns = (1,) * (1 - leading) + tuple(parameter.shape)
-        mesh, parts = parameter.device_mesh.mesh, {}
-        places = product(*map(range, mesh.shape))
-        for rank, place in zip(mesh.flatten().tolist(), places, strict=True):
-            held, copy = [range(stack), range(height)], 0
-            for coordinate, size, placement in zip(place, mesh.shape, parameter.placements, strict=True):
-                if type(placement) is Shard and (dim := placement.dim + 1 - leading) < 2:
-                    held[dim] = chunk(held[dim], size, coordinate)
-                elif placement.is_replicate():
-                    copy = copy * size + coordinate
-                else:
-                    raise ValueError(f"{placement}: rows and stacked matrices may be sharded, and whole copies be kept")
-            parts[rank] = Part(held[0], held[1], copy)
-        return cls((stack, height, columns), matrices, tuple(parts[rank] for rank in ranks))
+        parts = []
+        for rank in ranks:
+            stacked, rows, cut = [range(1), *shards[rank].ranges][-3:]
+            if len(cut) < columns:
+                raise ValueError(f"{parameter.shape}: columns are sharded; rows and stacked matrices may be")
+            parts.append(Part(stacked, rows, shards[rank].copy))
+        return cls((stack, height, columns), matrices, tuple(parts))
 
     def sharing(self) -> Iterator[tuple[range, list[int]]]:
         """Return, for each range of the stack, the ranks that hold its matrices; several ranks share each of them."""
@@ -77,12 +72,6 @@ class Matrix:
     ranks: tuple[int, ...]  # that share its parameter's part of the stack
     cost: int
     owner: int = -1
-
-
-def chunk(whole: range, number: int, index: int) -> range:
-    """Return the part of `whole` that torch gives to shard `index` of `number`; the last ones may be short or empty."""
-    size = -(-len(whole) // number)
-    return whole[index * size : (index + 1) * size]
 
 
 def deal(parameters: Sequence[Spread], cost: Callable[[int, int], int]) -> list[Matrix]:

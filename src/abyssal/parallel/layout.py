@@ -7,7 +7,7 @@ from math import prod
 
 from abyssal.config import ModelConfig
 from abyssal.config.parallel import ParallelConfig
-from abyssal.errors import UsageError
+from abyssal.errors import UsageError, nearest_numbers
 
 #: The axes of the mesh, the slowest first: neighbours in rank are neighbours in ep, so an expert group fills nodes.
 AXES = ("pp", "dp_replicate", "edp", "ep")
@@ -73,7 +73,7 @@ def lay_out(config: ParallelConfig, model: ModelConfig, world_size: int, node_si
         fitting = [n for n in range(1, model.n_routed_experts + 1) if model.n_routed_experts % n == 0]
         raise UsageError(
             f"parallel.ep_size={ep}: must divide model.n_routed_experts={model.n_routed_experts}; "
-            f"nearest: {_around(ep, fitting)}"
+            f"nearest: {nearest_numbers(ep, fitting)}"
         )
     unit = pp * replicate * (config.dp_shard_size or ep)
     named = f"pp_size={pp} * dp_replicate_size={replicate} * " + (
@@ -97,7 +97,7 @@ def lay_out(config: ParallelConfig, model: ModelConfig, world_size: int, node_si
             fitting = [n for n in range(1, size + 1) if size % n == 0]
             raise UsageError(
                 f"{world_size} ranks: an expert would be sharded over {edp}, which must divide model's {name}={size}; "
-                f"nearest: {_around(edp, fitting)}; change parallel.ep_size or parallel.dp_replicate_size"
+                f"nearest: {nearest_numbers(edp, fitting)}; change parallel.ep_size or parallel.dp_replicate_size"
             )
     node = config.node_size or node_size
     _check_nodes(config, node, world_size)
@@ -113,12 +113,6 @@ def _check_nodes(config: ParallelConfig, node: int, world_size: int) -> None:
             f"parallel.dispatch='node_limited': parallel.ep_size={config.ep_size} and the node_size={node} must divide "
             "each other, so that an expert group fills whole nodes"
         )
-
-
-def _around(value: int, allowed: list[int]) -> str:
-    """Return the allowed numbers next below and next above a value."""
-    below = [n for n in allowed if n < value][-1:]
-    return ", ".join(str(n) for n in (*below, *[n for n in allowed if n > value][:1]))
 
 
 def describe(layout: RankLayout, model: ModelConfig, *, most_rows: int = 16) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from abyssal.config import ModelConfig, RunConfig
-from abyssal.errors import UsageError, nearest
+from abyssal.errors import UsageError, nearest, nearest_numbers
 from abyssal.plan.hardware import Cluster
 from abyssal.plan.schedules import SCHEDULES
 
@@ -186,10 +185,6 @@ def divisors(number: int) -> list[int]:
 
 def _must_divide(name: str, value: int, other: str, number: int) -> None:
     if value > number or number % value:
-        raise UsageError(f"{name}={value}: must divide {other}={number}; nearest: {_around(value, divisors(number))}")
-
-
-def _around(value: int, allowed: Iterable[int]) -> str:
-    """Return the allowed numbers next below and next above a value."""
-    below = [n for n in allowed if n < value][-1:]
-    return ", ".join(str(n) for n in (*below, *[n for n in allowed if n > value][:1]))
+        raise UsageError(
+            f"{name}={value}: must divide {other}={number}; nearest: {nearest_numbers(value, divisors(number))}"
+        )

@@ -17,7 +17,7 @@ from abyssal.data.batch import evaluation_sequences
 from abyssal.data.shards import Shards
 from abyssal.model import Context, Transformer
 from abyssal.parallel.apply import reshard
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from abyssal.config import RunConfig
 from abyssal.config.parallel import ParallelConfig
 from abyssal.model import Transformer
 from abyssal.plan import count_parameters
-from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 from abyssal.train.evaluation import Score
 from abyssal.train.progress import Progress
 

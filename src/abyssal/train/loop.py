@@ -15,7 +15,7 @@ from abyssal.config.resume import resumed_changes
 from abyssal.machine.describe import available_cores
 from abyssal.parallel.layout import RankLayout, describe
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.evaluation import Score, score_documents
 from abyssal.train.export import export_model
 from abyssal.train.inputs import Inputs, check_inputs, open_inputs, prepare_inputs

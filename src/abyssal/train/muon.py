@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abyssal.parallel.apply import local
+from abyssal.ranks.placements import local
 
 #: Coefficients of the quintic iteration x -> ax + bx^3 + cx^5, chosen for a steep slope at zero: the singular values
 #: end within about 0.7 to 1.2, not exactly at 1.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from abyssal.checkpoint.state import adamw_tensors
 from abyssal.config.run import OptimizerConfig
 from abyssal.model import Transformer
-from abyssal.parallel.apply import copies, local
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import ALONE, Ranks
 from abyssal.parallel.whole_matrices import WholeMatrices
+from abyssal.ranks.placements import copies, local
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.muon import Muon, cost, muon_tensors
 
 #: Matrices that Muon leaves to AdamW: rows of tables, and the gate, whose rows are centroids.

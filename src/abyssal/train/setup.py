@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 
 from abyssal.checkpoint.hf import ModelReader, load_into, read_model_directory
-from abyssal.checkpoint.shards import fill_initial
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError, UsageError
+from abyssal.machine.allocator import keep_freed_memory
 from abyssal.machine.describe import available_cores
-from abyssal.machine.memory import keep_freed_memory
-from abyssal.machine.probe import choose_compute_dtype, measure
-from abyssal.model import Transformer
+from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
+from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from abyssal.parallel.apply import parallelise
 from abyssal.parallel.layout import RankLayout, lay_out
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.placements import local_shard
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.step import train_step
 
@@ -51,7 +51,7 @@ def shape_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
 
 def initial_weights(model: Transformer, config: RunConfig) -> None:
     """Fill a model in place with the weights that the run begins with."""
-    fill_initial(model, config.seed)
+    initialise(model, config.seed, local_shard)
     reader = open_initial_weights(config)
     if reader is not None:  # MTP modules that the directory lacks keep their initial weights
         load_into(model, reader, allow_missing_mtp=True)
@@ -135,7 +135,7 @@ def decide(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> tup
     updates: dict[str, object] = {"threads": threads}
     sentences = [f"threads: {threads}"]
     if config.train.compute_dtype == "auto":
-        choice = choose_compute_dtype(measure(device=device.type))
+        choice = choose_compute_dtype(measure_matmul(device=device.type))
         updates["compute_dtype"] = str(choice.dtype).removeprefix("torch.")
         sentences.append(choice.reason)
     config = _with_train(config, updates)
@@ -175,4 +175,4 @@ def peak_flops(config: RunConfig, device: torch.device) -> float:
     """Return the measured matmul peak of the compute dtype, FLOP/s, which MFU is stated against."""
     dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
     measured = torch.float32 if dtype == torch.float64 else dtype
-    return measure([measured], device=device.type).gflops[measured] * 1e9
+    return measure_matmul([measured], device=device.type).gflops[measured] * 1e9

@@ -16,7 +16,7 @@ from abyssal.config import RunConfig
 from abyssal.errors import TrainingError
 from abyssal.model import Transformer
 from abyssal.parallel.apply import begin_micro_batch
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.balancing import add_loads, max_violation, update_biases
 from abyssal.train.guard import non_finite
 from abyssal.train.objective import MicroBatchLoss, ObjectiveWeights, micro_batch_loss

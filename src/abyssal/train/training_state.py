@@ -12,7 +12,7 @@ from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
 from abyssal.errors import TrainingError
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.ranks import ALONE, Ranks
+from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.average import WeightAverage
 from abyssal.train.guard import Guard
 from abyssal.train.optimizer import build_optimizer

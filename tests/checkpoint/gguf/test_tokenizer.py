@@ -11,8 +11,8 @@ from tokenizers import Regex, models, pre_tokenizers
 
 from abyssal.checkpoint.gguf.tokenizer import add_tokenizer
 from abyssal.errors import DataError
-from abyssal.text.chat_template import CHAT_TEMPLATE, write_tokenizer_config
 from abyssal.text.tokenizer import SPLITS, Tokenizer
+from abyssal.text.tokenizer_config import CHAT_TEMPLATE, write_tokenizer_config
 
 RELEASED = Path(__file__).parents[3] / "../shared/data/deepseek_v3_tokenizer"
 #: What llama.cpp (0c1e57098, src/llama-vocab.cpp) splits by where `tokenizer.ggml.pre` is `deepseek-v3`.

@@ -17,8 +17,8 @@ from abyssal.checkpoint.gguf.config import unsayable
 from abyssal.checkpoint.gguf.write import DTYPES, write_gguf
 from abyssal.config import RopeScaling
 from abyssal.errors import ModelDirectoryError, UsageError
-from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 
 YARN = RopeScaling(factor=8.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.7)
 VARIANTS = {

@@ -10,8 +10,8 @@ from abyssal.checkpoint.hf import ModelReader, write_model_directory
 from abyssal.checkpoint.hf.inventory import Inventory, has_weights, take_inventory
 from abyssal.config import ModelConfig
 from abyssal.model import Transformer, initialise
-from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 
 MTP_LAYER = "model.layers.3."
 

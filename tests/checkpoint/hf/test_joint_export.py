@@ -183,7 +183,7 @@ def test_what_fails_on_a_rank_fails_on_all_and_leaves_nothing(tmp_path: Path) ->
         "model.layers.1.mlp.experts.7.up_proj.weight",
         f"ModelDirectoryError: rank 0: {path}: the model to write lacks "
         "model.layers.1.mlp.gate.e_score_correction_bias, model.norm.weight",
-        "ModelDirectoryError: rank 1: KeyboardInterrupt: ",
+        "RankError: rank 1: KeyboardInterrupt: ",
         f"ModelDirectoryError: {path}: blocks of FP8 weights lie across ranks, so one process writes them; write "
         "bfloat16 here, which `abyssal convert` makes FP8",
         f"ModelDirectoryError: rank 2: {path}: cannot write the model directory (No space left on device; free some "

@@ -20,8 +20,8 @@ from abyssal.config import ModelConfig
 from abyssal.engine.load import load_model
 from abyssal.errors import AbyssalError
 from abyssal.model import Context
-from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 
 MUTATIONS, SEED = 200, 4
 #: Fields that a config.json may spell in another way than ours, or that the files of weights decide.

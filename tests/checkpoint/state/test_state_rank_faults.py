@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from abyssal.checkpoint import agreement
 from abyssal.checkpoint.state import StateWriter, check_state, latest_state, load_state, save_state, states
+from abyssal.ranks import ranks as ranks_module
 from ranks import run_ranks
 
 WORLD = 3
@@ -96,7 +96,7 @@ def test_fault_of_one_rank_is_told_on_all_and_leaves_no_state(tmp_path: Path) ->
             elif here == rank:
                 assert sentence == "KeyboardInterrupt: ", point
             else:
-                assert sentence == f"CheckpointError: rank {rank}: KeyboardInterrupt: ", point
+                assert sentence == f"RankError: rank {rank}: KeyboardInterrupt: ", point
     assert names(tmp_path) == ["step-00000021"]
     check_state(tmp_path / "step-00000021")
 
@@ -153,7 +153,7 @@ def fall_silent(root: Path) -> str:
     """Write a state without rank 1, for which rank 0 does not wait long."""
     group = start()
     if dist.get_rank() == 0:
-        agreement.TIMEOUT_S = 0.5
+        ranks_module.TIMEOUT_S = 0.5
     if dist.get_rank() == 1:
         dist.barrier()
         return "silent"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.hf.file_plan import PlannedFile
 from abyssal.checkpoint.hf.names import fold, released_tensors
 from abyssal.checkpoint.hf.write_weights import Box, Weight, create_files, held_boxes, share_out, write_weights
 from abyssal.config import ModelConfig
 from abyssal.errors import CheckpointError, ModelDirectoryError
 from abyssal.files.faults import os_faults
+from abyssal.ranks.ranks import Ranks
 
 #: Yields the folder in which the directory is made, all but its weights there already, and puts it in place.
 Staging = Callable[[], AbstractContextManager[Path]]
@@ -42,14 +42,14 @@ class JointExport:
         """Prepare to write what this rank holds of `tensors` into `files`, which are to appear in `path`."""
         self.path, self.config, self.files, self.tensors = path, config, files, tensors
 
-    def run(self, ranks: Agreement, staging: Staging) -> None:
+    def run(self, ranks: Ranks, staging: Staging) -> None:
         """Take all steps, together with the other ranks.
 
         Raises:
             ModelDirectoryError: one of them could not; nothing has changed.
         """
         with model_directory_faults(), ExitStack() as stack:
-            name, share = ranks.deal(self.offer, lambda offers: self.begin(offers, stack, staging))
+            name, share = ranks.scatter(self.offer, lambda offers: self.begin(offers, stack, staging))
             folder = self.path.resolve().with_name(name)
             not_finite = ranks.agree(lambda: self.put(folder, share), lambda found: self.finish(found, stack))
             if not_finite:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.hf.file_plan import write_json
 from abyssal.checkpoint.hf.headers import FP8, INDEX, SINGLE, Header, TensorFiles, read_headers
 from abyssal.checkpoint.hf.joint_export import JointExport, model_directory_faults
@@ -33,13 +32,14 @@ from abyssal.checkpoint.hf.names import (
     split_shard,
 )
 from abyssal.checkpoint.hf.write_weights import plan_weights
-from abyssal.checkpoint.shards import local_shard
 from abyssal.config import ModelConfig
 from abyssal.config.quantization import BlockFP8
 from abyssal.errors import ConfigError, ModelDirectoryError
 from abyssal.files.atomic import atomic_directory, remove_stale
 from abyssal.files.faults import check_free_space
 from abyssal.ops.block_fp8 import BLOCK, dequantise_blocks, scale_rows
+from abyssal.ranks.placements import local_shard
+from abyssal.ranks.ranks import Ranks
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -87,8 +87,8 @@ def write_model_directory(
         ModelDirectoryError: the tensors are not those of `config` or not finite, a tokenizer file is missing, `path`
             holds something else, or the disk refused. What stood at `path` is untouched.
     """
-    ranks = Agreement(group)
-    if ranks.size > 1 and dtype == torch.float8_e4m3fn:
+    ranks = Ranks(group)
+    if ranks.world_size > 1 and dtype == torch.float8_e4m3fn:
         raise ModelDirectoryError(
             f"{path}: blocks of FP8 weights lie across ranks, so one process writes them; write bfloat16 here, which "
             "`abyssal convert` makes FP8"
@@ -268,7 +268,7 @@ def load_into(
         targets.pop(HEAD, None)
     shapes = {name: tuple(target.shape) for name, target in targets.items()}
     fit = reader.fit(shapes, allow_missing_mtp=allow_missing_mtp)
-    ranks = Agreement(group)
+    ranks = Ranks(group)
 
     def look() -> list[str]:
         fit.read_values(reader.stored, _own_rows(targets))

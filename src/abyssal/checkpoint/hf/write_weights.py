@@ -31,10 +31,10 @@ from abyssal.checkpoint.hf.names import (
     split_shard,
     stored_tensors,
 )
-from abyssal.checkpoint.shards import local_shard
 from abyssal.config import ModelConfig
 from abyssal.errors import ModelDirectoryError
 from abyssal.ops.block_fp8 import quantise_blocks, scale_rows
+from abyssal.ranks.placements import local_shard
 
 LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 #: Where a shard begins in its tensor, along each dim, and its shape.

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.state.load import write_pieces
 from abyssal.checkpoint.state.local_shards import Piece, pieces
+from abyssal.ranks.ranks import Ranks
 
 
 class StateWriter:
@@ -74,7 +74,7 @@ class StateWriter:
             CheckpointError: the disk refused.
         """
         self.wait()
-        return Agreement(self.group).first(lambda: (self.root / f"step-{step:08d}").exists())
+        return Ranks(self.group).first(lambda: (self.root / f"step-{step:08d}").exists())
 
     def check(self) -> None:
         """Raise what a finished write met, without waiting for one that is under way; finished is what all ranks have.
@@ -85,7 +85,7 @@ class StateWriter:
             CheckpointError: the disk refused.
         """
         thread = self._thread
-        if thread is not None and Agreement(self.group).agree(lambda: not thread.is_alive(), all):
+        if thread is not None and Ranks(self.group).agree(lambda: not thread.is_alive(), all):
             self.wait()
 
     def wait(self) -> None:

@@ -26,7 +26,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.state.integrity import CHECKSUMS, METADATA, PROGRESS, parse
 from abyssal.checkpoint.state.local_shards import Piece, ReadPlanner, dcp_faults, pieces
 from abyssal.checkpoint.state.metadata import fit, misfit, read_metadata
@@ -35,6 +34,7 @@ from abyssal.errors import CheckpointError
 from abyssal.files.atomic import remove_directory
 from abyssal.files.checksums import sha256
 from abyssal.files.faults import os_faults
+from abyssal.ranks.ranks import Ranks
 
 DOING = "read the training state"
 
@@ -84,7 +84,7 @@ def write_pieces(
     """Write a state of pieces; for everything else see `save_state`."""
     if keep < 1:
         raise ValueError(f"keep={keep}: must be at least 1")
-    ranks, target = Agreement(group), root / f"step-{step:08d}"
+    ranks, target = Ranks(group), root / f"step-{step:08d}"
     JointWrite(ranks, target, held, json.dumps(dict(progress), indent=1) + "\n").run()
 
     def remove_older() -> None:
@@ -108,7 +108,7 @@ def remove_state(path: Path, *, group: ProcessGroup | None = None) -> None:
         with os_faults(CheckpointError, path, "remove this training state"):
             remove_directory(path)
 
-    Agreement(group).first(remove)
+    Ranks(group).first(remove)
 
 
 def states(root: Path, *, group: ProcessGroup | None = None) -> list[Path]:
@@ -118,7 +118,7 @@ def states(root: Path, *, group: ProcessGroup | None = None) -> list[Path]:
         found = root.glob("step-*") if root.is_dir() else []
         return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()), key=_step)
 
-    return Agreement(group).first(find)
+    return Ranks(group).first(find)
 
 
 def latest_state(root: Path, *, group: ProcessGroup | None = None) -> Path | None:
@@ -135,7 +135,7 @@ def load_state(path: Path, tensors: Mapping[str, Any], *, group: ProcessGroup | 
     Raises:
         CheckpointError: no such state, a damaged file, or names, shapes or dtypes that do not fit `tensors`.
     """
-    held, ranks = pieces(tensors), Agreement(group)
+    held, ranks = pieces(tensors), Ranks(group)
     check_state(path, group=group)
     metadata = ranks.together(lambda: _metadata(path))
     unfit = ranks.agree(lambda: fit(metadata, held), lambda fits: misfit(metadata, fits))
@@ -161,7 +161,7 @@ def read_progress(path: Path, *, group: ProcessGroup | None = None) -> dict[str,
             progress: dict[str, Any] = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         return progress
 
-    return Agreement(group).together(read)
+    return Ranks(group).together(read)
 
 
 def check_state(path: Path, *, group: ProcessGroup | None = None) -> None:
@@ -170,14 +170,14 @@ def check_state(path: Path, *, group: ProcessGroup | None = None) -> None:
     Raises:
         CheckpointError: no such state, or names the file that is damaged, missing or not of this state.
     """
-    ranks = Agreement(group)
+    ranks = Ranks(group)
 
     def check() -> None:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such training state")
         with os_faults(CheckpointError, path, DOING):
             sums = _read_checksums(path)
-            for name in sorted(sums)[ranks.rank :: ranks.size]:
+            for name in sorted(sums)[ranks.rank :: ranks.world_size]:
                 _check_file(path, name, sums)
             for name in (PROGRESS, METADATA):
                 if name not in sums:

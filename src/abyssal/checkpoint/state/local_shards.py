@@ -21,11 +21,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.tensor import DTensor
 
-from abyssal.checkpoint.agreement import first_line
-from abyssal.errors import CheckpointError
+from abyssal.errors import CheckpointError, first_line
 from abyssal.files.faults import explain
+from abyssal.ranks.placements import is_distributed, is_on_this_rank, local_shard
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,12 @@ def pieces(tensors: Mapping[str, Any], *, copy: bool = False) -> dict[str, Piece
     """
     found = {}
     for path, tensor in leaves(tensors):
-        local, offsets, sharded = tensor, torch.Size([0] * tensor.dim()), isinstance(tensor, DTensor)
-        if isinstance(tensor, DTensor):
-            if tensor.device_mesh.get_coordinate() is None:
-                continue  # lies on other ranks only
-            (chunk,) = tensor.__create_chunk_list__()
-            local, offsets = tensor.to_local().detach(), chunk.offsets
-            assert local.size() == chunk.sizes, f"{'.'.join(path)}: {local.size()} is no block of {chunk.sizes}"
+        if not is_on_this_rank(tensor):
+            continue
+        local, offsets = local_shard(tensor)
         if copy:
-            local = local.detach().to("cpu", copy=True)
-        found[".".join(path)] = Piece(path, local, tensor.size(), offsets, sharded)
+            local = local.to("cpu", copy=True)
+        found[".".join(path)] = Piece(path, local, tensor.size(), torch.Size(offsets), is_distributed(tensor))
     return found
 
 

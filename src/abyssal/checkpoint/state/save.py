@@ -12,13 +12,13 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from abyssal.checkpoint.agreement import Agreement
 from abyssal.checkpoint.state.integrity import CHECKSUMS, METADATA, PROGRESS, render
 from abyssal.checkpoint.state.local_shards import Piece, WritePlanner, dcp_faults
 from abyssal.errors import CheckpointError
 from abyssal.files.atomic import atomic_directory, remove_stale
 from abyssal.files.checksums import sha256
 from abyssal.files.faults import check_free_space, os_faults
+from abyssal.ranks.ranks import Ranks
 
 #: torch.save's frame around each tensor in a DCP file, generously.
 TENSOR_OVERHEAD_BYTES = 4096
@@ -48,7 +48,7 @@ class JointWrite:
     there is the whole state or none, and the next write removes what was left of it.
     """
 
-    def __init__(self, ranks: Agreement, target: Path, held: Mapping[str, Piece], progress: str) -> None:
+    def __init__(self, ranks: Ranks, target: Path, held: Mapping[str, Piece], progress: str) -> None:
         """Prepare to write to `target` what this rank holds, and the text of the progress."""
         self.ranks, self.target, self.progress = ranks, target, progress
         self.planner = WritePlanner(held)
@@ -61,14 +61,14 @@ class JointWrite:
             CheckpointError: one of them could not; there is no state.
         """
         with ExitStack() as stack:
-            name, plan = self.ranks.deal(self.offer, lambda offers: self.begin(offers, stack))
+            name, plan = self.ranks.scatter(self.offer, lambda offers: self.begin(offers, stack))
             staging = self.target.with_name(name)
             self.ranks.agree(lambda: self.put(staging, plan), lambda written: self.finish(written, stack))
 
     def offer(self) -> Offer:
         """Say what this rank holds."""
         plain = {name: piece for name, piece in self.planner.held.items() if not piece.sharded}
-        digests = {name: piece.digest() for name, piece in plain.items()} if self.ranks.size > 1 else {}
+        digests = {name: piece.digest() for name, piece in plain.items()} if self.ranks.world_size > 1 else {}
         return self.planner.create_local_plan(), digests
 
     def begin(self, offers: Sequence[Offer], stack: ExitStack) -> list[tuple[str, SavePlan]]:

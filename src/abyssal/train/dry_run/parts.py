@@ -16,10 +16,11 @@ from abyssal.config import ModelConfig, RunConfig
 from abyssal.model import Transformer
 from abyssal.model.feed_forward import StackedExperts
 from abyssal.model.layers import Linear
-from abyssal.parallel.apply import copies, local, policies
+from abyssal.parallel.apply import policies
 from abyssal.parallel.fake_ranks import fake_ranks
 from abyssal.parallel.layout import RankLayout
 from abyssal.parallel.mesh import Mesh
+from abyssal.ranks.placements import copies, local
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.setup import shape_model
 

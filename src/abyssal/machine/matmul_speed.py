@@ -17,7 +17,7 @@ LARGEST = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
-class MachineSpeed:
+class MatmulSpeed:
     """The best matmul seen on one device, by dtype."""
 
     device: str
@@ -39,13 +39,13 @@ class ComputeDtype:
     reason: str
 
 
-def measure(
+def measure_matmul(
     dtypes: Sequence[torch.dtype] = (FLOAT32, BFLOAT16),
     seconds: float = 1.2,
     *,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
-) -> MachineSpeed:
+) -> MatmulSpeed:
     """Measure the peak of square matmuls `[n, n] @ [n, n].T` in each dtype, on as many threads as torch is set to.
 
     Args:
@@ -55,14 +55,14 @@ def measure(
         clock: what tells the time, in seconds.
     """
     share = seconds / len(dtypes)
-    return MachineSpeed(
+    return MatmulSpeed(
         device=device,
         threads=torch.get_num_threads(),
         gflops={dtype: _peak(dtype, device, share, clock) for dtype in dtypes},
     )
 
 
-def choose_compute_dtype(speed: MachineSpeed, asked: str = "auto") -> ComputeDtype:
+def choose_compute_dtype(speed: MatmulSpeed, asked: str = "auto") -> ComputeDtype:
     """Return the dtype to compute in: the one asked for, or bf16 where its matmul is at least 1.3 times fp32's.
 
     Args:

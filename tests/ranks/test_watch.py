@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from abyssal.errors import DataError, RankError
-from abyssal.parallel.start import joined
-from abyssal.parallel.watch import BEATS, Beat, Signs, Verdict, Watch, exists, watched_ranks
+from abyssal.ranks.join import join
+from abyssal.ranks.watch import BEATS, Beat, Signs, Verdict, Watch, exists, watched_ranks
 from ranks import run_ranks
 
 SILENCE_S = 10.0
@@ -112,9 +112,9 @@ def _disturbed(what: str, folder: str) -> tuple[str, str]:
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     timeout_s = 2.0 if what == "hangs" else 300.0
     try:
-        with joined(silence_s=SILENCE_S, timeout_s=timeout_s) as info:
+        with join(silence_s=SILENCE_S, timeout_s=timeout_s) as ranks:
             dist.all_reduce(torch.ones(1))
-            if info.rank == 2:
+            if ranks.rank == 2:
                 _meet_fate(what)
             dist.all_reduce(torch.ones(1))
     except (SystemExit, Exception) as error:

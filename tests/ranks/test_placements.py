@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from abyssal.checkpoint.shards import fill_initial, local_shard
 from abyssal.config import ModelConfig
 from abyssal.model import Transformer, initialise
+from abyssal.ranks.placements import local_shard
 from ranks import run_ranks
 from ranks.spread import LAYOUTS, SHAPE, spread
 
@@ -30,7 +30,7 @@ def fill_in_every_layout(seed: int) -> set[str]:
         model = spread(Transformer(config), layout)
         for tensor in (*model.parameters(), *model.buffers()):
             local_shard(tensor)[0].fill_(torch.nan)
-        fill_initial(model, seed)
+        initialise(model, seed, local_shard)
         for key, tensor in model.state_dict().items():
             assert torch.equal(whole(tensor), expected[key]), (name, key)
             kinds |= {"empty"} if local_shard(tensor)[0].numel() == 0 else set()
@@ -56,7 +56,7 @@ def count_draws(layout: tuple[int, int, int]) -> int:
         return draw(*arguments)
 
     module.normal = counted
-    fill_initial(model, 1)
+    initialise(model, 1, local_shard)
     return draws
 
 

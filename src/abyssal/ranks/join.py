@@ -6,17 +6,20 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from abyssal.errors import RankError, Stopped, UsageError
-from abyssal.parallel.watch import Watch, watched_ranks
+from abyssal.ranks.launch import Launch, read_launch
+from abyssal.ranks.watch import Watch, watched_ranks
 
-if TYPE_CHECKING:  # a process that is alone has faults to tell for which it needs no torch
+if TYPE_CHECKING:  # a launch that is wrong is told without waiting for torch
     from torch._C._distributed_c10d import Store
+
+    from abyssal.ranks.ranks import Ranks
 
 #: How long the ranks of a launch may be apart when they come, seconds: imports from a loaded file server take minutes.
 MEET_S = 600.0
@@ -24,80 +27,17 @@ MEET_S = 600.0
 COLLECTIVE_S = 600.0
 #: How long a rank may give no sign of life, seconds.
 SILENCE_S = 30.0
-#: What launchers say where nobody named the launch.
-NO_ID = ("", "none")
 _OFFER_S = 1.0  # between two looks at whether another rank 0 has come meanwhile
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher's environment says."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    host: str
-    port: int
-    run_id: str = ""
-    agent_store: bool = False  # the launcher holds the store, and it outlives the ranks
-
-
-def read_launch(environment: Mapping[str, str]) -> Launch | None:
-    """Return what torchrun, or a scheduler in its manner, says about this process; none if it was started alone.
-
-    Raises:
-        UsageError: a part of it is missing or no number.
-    """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return None
-    numbers = {}
-    for name, default in (
-        ("RANK", None),
-        ("WORLD_SIZE", None),
-        ("LOCAL_RANK", "0"),
-        ("LOCAL_WORLD_SIZE", "1"),
-        ("MASTER_PORT", "0" if environment["WORLD_SIZE"] == "1" else None),
-    ):
-        value = environment.get(name, default)
-        if value is None or not value.isdecimal():
-            raise UsageError(
-                f"{name}={value or ''}: must be a number, since RANK is set; start with torchrun, or unset RANK"
-            )
-        numbers[name] = int(value)
-    if not numbers["RANK"] < numbers["WORLD_SIZE"]:
-        raise UsageError(f"RANK={numbers['RANK']}: must be below WORLD_SIZE={numbers['WORLD_SIZE']}")
-    return Launch(
-        rank=numbers["RANK"],
-        world_size=numbers["WORLD_SIZE"],
-        local_rank=numbers["LOCAL_RANK"],
-        local_world_size=numbers["LOCAL_WORLD_SIZE"],
-        host=environment.get("MASTER_ADDR", "127.0.0.1"),
-        port=numbers["MASTER_PORT"],
-        run_id=environment.get("TORCHELASTIC_RUN_ID", ""),
-        agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-    )
-
-
-@dataclass(frozen=True)
-class GroupInfo:
-    """This process among those of its run; with a `world_size` of 1 it is alone, and there is no process group."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    launch_id: str = ""  # equal however often the launcher starts its processes again; none: it does not tell
-
-
 @contextmanager
-def joined(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> Iterator[GroupInfo]:
-    """Be a rank of the run that the environment speaks of, with torch's default process group made; else be alone.
+def join(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> Iterator[Ranks]:
+    """Be a rank of the launch that the environment speaks of, with torch's default process group made; else be alone.
 
-    On CUDA collectives go over NCCL, those of tensors in main memory over gloo; without CUDA all over gloo. The group
-    is destroyed at the end. After an error it is not, since that waits for other ranks: the process must end instead
-    (`abyssal.cli.main.run`). Of one fault that many ranks meet, one rank raises the sentence, the others SystemExit;
-    so do all where a rank died or hangs, which is named on stderr (`abyssal.parallel.watch`).
+    On CUDA collectives go over NCCL, those of tensors in main memory over gloo; without CUDA all over gloo. The groups
+    are destroyed at the end. After an error they are not, since that waits for other ranks: the process must end
+    instead (`abyssal.cli.main.run`). Of one fault that many ranks meet, one rank raises the sentence, the others
+    SystemExit; so do all where a rank died or hangs, which is named on stderr (`abyssal.ranks.watch`).
 
     Args:
         silence_s: a rank that gives no sign of life for so long ends the run.
@@ -108,34 +48,35 @@ def joined(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> 
         RankError: other ranks did not come.
     """
     launch = read_launch(os.environ)
-    if launch is None:
-        yield GroupInfo()
-        return
-    if launch.world_size == 1:
-        yield _info(launch, open_store(launch) if launch.agent_store and launch.run_id in NO_ID else None)
+    store = open_store(launch) if launch.world_size > 1 or (launch.agent_store and not launch.id) else None
+    if store is not None and launch.agent_store and not launch.id:
+        launch = replace(launch, id=store.compare_set("launch", "", secrets.token_hex(8)).decode())
+    from abyssal.ranks.ranks import Ranks
+
+    if launch.world_size == 1 or store is None:
+        yield Ranks(launch=launch)
         return
     from torch._C._distributed_c10d import PrefixStore
 
-    store = open_store(launch)
-    info, name = _info(launch, store), meet(store, launch.rank, launch.world_size)
+    name = meet(store, launch.rank, launch.world_size)
     own = PrefixStore(name, store)
-    watched = watched_ranks(info.rank, info.world_size, info.local_rank, info.local_world_size)
+    watched = watched_ranks(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
     # a connection of its own: what waits for a key in the main thread must not hold up signs of life
     signs = PrefixStore("watch", PrefixStore(name, store.clone()))  # type: ignore[attr-defined]
-    watch = Watch(signs, info.rank, watched, silence_s)
+    watch = Watch(signs, launch.rank, watched, silence_s)
     watch.start()
     try:
-        _make_group(PrefixStore("group", own), info, timeout_s)
-        yield info
+        _make_group(PrefixStore("group", own), launch, timeout_s)
+        yield Ranks.of_world(launch)
     except Stopped:
         _leave_together(watch)
         raise
     except KeyboardInterrupt:
-        watch.tell(f"rank {info.rank}: interrupted")
+        watch.tell(f"rank {launch.rank}: interrupted")
         watch.give_way()
         raise
     except BaseException as error:
-        if _is_told(error, watch, info.rank):
+        if _is_told(error, watch, launch.rank):
             raise SystemExit(getattr(error, "exit_code", RankError.exit_code)) from None
         raise
     _leave_together(watch)
@@ -144,24 +85,16 @@ def joined(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> 
     dist.destroy_process_group()
 
 
-def _info(launch: Launch, store: Store | None) -> GroupInfo:
-    """Return what this process is; `store` names the launch where the launcher has not."""
-    launch_id = "" if launch.run_id in NO_ID else launch.run_id
-    if not launch_id and store is not None and launch.agent_store:
-        launch_id = store.compare_set("launch", "", secrets.token_hex(8)).decode()
-    return GroupInfo(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch_id)
-
-
-def _make_group(store: Store, info: GroupInfo, timeout_s: float) -> None:
+def _make_group(store: Store, launch: Launch, timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
 
     backend = "gloo"
     if torch.cuda.is_available():
-        _take_device(info, torch.cuda.device_count())
+        _take_device(launch, torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
-        backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timedelta(seconds=timeout_s)
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=timeout_s)
     )
 
 
@@ -196,15 +129,15 @@ def is_lost_contact(error: BaseException) -> bool:
     )
 
 
-def _take_device(info: GroupInfo, devices: int) -> None:
+def _take_device(launch: Launch, devices: int) -> None:
     import torch
 
-    if info.local_rank >= devices:
+    if launch.local_rank >= devices:
         raise UsageError(
-            f"{info.local_world_size} ranks on this machine, but it has {devices} GPU(s); start as many ranks: "
+            f"{launch.local_world_size} ranks on this machine, but it has {devices} GPU(s); start as many ranks: "
             f"--nproc-per-node {devices}, or hide the GPUs: CUDA_VISIBLE_DEVICES="
         )
-    torch.cuda.set_device(info.local_rank)
+    torch.cuda.set_device(launch.local_rank)
 
 
 def open_store(launch: Launch) -> Store:

@@ -10,7 +10,7 @@ import pytest
 
 LARGE_BLOCK = """
 import torch
-from abyssal.machine.memory import keep_freed_memory
+from abyssal.machine.allocator import keep_freed_memory
 took = {setting}
 first = torch.empty(64 << 20, dtype=torch.uint8)
 place = first.data_ptr()

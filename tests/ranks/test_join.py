@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from abyssal.errors import RankError, UsageError
-from abyssal.parallel.start import GroupInfo, Launch, joined, meet, read_launch
+from abyssal.ranks.join import join, meet
+from abyssal.ranks.launch import Launch, read_launch
 from ranks import run_ranks
 
 TORCHRUN = {
@@ -26,11 +27,11 @@ TORCHRUN = {
 
 
 def test_launch_is_what_torchrun_says() -> None:
-    assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "node0", 29511, "job", agent_store=True)
+    assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "node0", 29511, id="job", agent_store=True)
 
 
-def test_process_started_alone_has_no_launch() -> None:
-    assert read_launch({"WORLD_SIZE": "8", "LOCAL_RANK": "1"}) is None
+def test_process_started_without_a_launcher_is_alone() -> None:
+    assert read_launch({"WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Launch()
 
 
 @pytest.mark.parametrize(
@@ -54,9 +55,9 @@ def test_one_process_makes_no_group(monkeypatch: pytest.MonkeyPatch, environment
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with joined() as info:
+    with join() as ranks:
         assert not dist.is_initialized()
-    assert info == GroupInfo(launch_id="job" if environment else "")
+    assert (ranks.rank, ranks.world_size, ranks.launch.id) == (0, 1, "job" if environment else "")
 
 
 def meeting(store: dist.Store, world_size: int) -> list[str]:
@@ -98,10 +99,10 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _sum_and_group() -> tuple[float, int, int]:
-    with joined() as info:
-        value = torch.tensor([float(info.rank + 1)])
+    with join() as ranks:
+        value = torch.tensor([float(ranks.rank + 1)])
         dist.all_reduce(value)
-        found = value.item(), info.rank, info.world_size
+        found = value.item(), ranks.rank, ranks.world_size
     assert not dist.is_initialized()
     return found
 
@@ -112,9 +113,9 @@ def test_ranks_join_one_group_and_leave_it() -> None:
 
 def _refused(refusing: tuple[int, ...]) -> tuple[str, object]:
     try:
-        with joined() as info:
+        with join() as ranks:
             dist.barrier()
-            if info.rank in refusing:
+            if ranks.rank in refusing:
                 raise UsageError("3 ranks: must be a multiple of 2")
             return "finished", None
     except (UsageError, SystemExit) as fault:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from abyssal.machine import probe
-from abyssal.machine.probe import MachineSpeed, choose_compute_dtype, measure
+from abyssal.machine import matmul_speed
+from abyssal.machine.matmul_speed import MatmulSpeed, choose_compute_dtype, measure_matmul
 
 
-def speed(fp32: float, bf16: float) -> MachineSpeed:
-    return MachineSpeed("cpu", 2, {torch.float32: fp32, torch.bfloat16: bf16})
+def speed(fp32: float, bf16: float) -> MatmulSpeed:
+    return MatmulSpeed("cpu", 2, {torch.float32: fp32, torch.bfloat16: bf16})
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def machine(monkeypatch) -> Callable[[float], tuple[Callable[[], float], list[in
             sizes.append(operands)
             now[0] += 2 * operands**3 / gflops / 1e9
 
-        monkeypatch.setattr(probe, "_operands", lambda size, dtype, device: size)
-        monkeypatch.setattr(probe, "_run", run)
+        monkeypatch.setattr(matmul_speed, "_operands", lambda size, dtype, device: size)
+        monkeypatch.setattr(matmul_speed, "_run", run)
         return lambda: now[0], sizes
 
     return build
@@ -36,7 +36,7 @@ def machine(monkeypatch) -> Callable[[float], tuple[Callable[[], float], list[in
 @pytest.mark.parametrize("gflops", [0.5, 20.0, 700.0, 50_000.0])
 def test_the_figure_is_the_machines_and_the_time_is_kept(machine, gflops):
     clock, sizes = machine(gflops)
-    found = measure((torch.float32, torch.bfloat16), 1.2, clock=clock)
+    found = measure_matmul((torch.float32, torch.bfloat16), 1.2, clock=clock)
     assert list(found.gflops.values()) == pytest.approx([gflops, gflops])
     assert clock() < 1.5
     assert max(sizes) <= 2048
@@ -44,15 +44,15 @@ def test_the_figure_is_the_machines_and_the_time_is_kept(machine, gflops):
 
 def test_a_fast_machine_is_measured_at_the_largest_size_and_a_slow_one_at_a_small(machine):
     clock, sizes = machine(700.0)
-    measure(clock=clock)
+    measure_matmul(clock=clock)
     assert max(sizes) == 2048
     clock, sizes = machine(1.0)
-    measure(clock=clock)
+    measure_matmul(clock=clock)
     assert max(sizes) == 256
 
 
 def test_this_machine_is_measured():
-    found = measure((torch.float32,), 0.001)
+    found = measure_matmul((torch.float32,), 0.001)
     assert found.gflops[torch.float32] > 0
     assert found.threads == torch.get_num_threads()
 
@@ -86,7 +86,7 @@ def test_importing_measures_nothing():
         "import torch, time\n"
         "torch.nn.functional.linear = torch.mm = None\n"
         "before = torch.get_num_threads()\n"
-        "import abyssal.machine.probe, abyssal.machine.describe\n"
+        "import abyssal.machine.matmul_speed, abyssal.machine.describe\n"
         "assert torch.get_num_threads() == before and not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
