@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from abyssal.checkpoint.state import StateWriter, load_state, save_state, states
-from abyssal.checkpoint.state.load import background_writer as module
+from abyssal.checkpoint.state import background_writer as module
 from abyssal.errors import CheckpointError
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
