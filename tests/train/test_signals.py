@@ -41,7 +41,7 @@ sys.exit(main(sys.argv[2:]))
 #: The same, killed where the state of step 6 is being written: in DCP's files, before the checksums, at the rename.
 KILLED = """
 import os, signal, sys
-from abyssal.checkpoint.state.load import save
+from abyssal.checkpoint.state import save
 from abyssal.cli.main import main
 from abyssal.files import atomic
 from abyssal.train import loop
