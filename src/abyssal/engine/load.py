@@ -145,7 +145,7 @@ def _materialise(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     Built on the meta device first, so that nothing is ever allocated in another precision.
     """
     with torch.device("meta"):
-        model = Transformer(config, choose_kernels(device, dtype), compute_dtype=dtype)
+        model = Transformer(config, choose_kernels(device, dtype, "decode"), compute_dtype=dtype)
     for module in model.modules():
         # torch.empty, since to_empty's empty_like of a meta tensor imports sympy: a second
         for name, parameter in module.named_parameters(recurse=False):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from abyssal.engine.draft_payoff import PASSES_WITH, PASSES_WITHOUT, ROUND, DraftPayoff
+from abyssal.engine.adaptive_drafts import PASSES_WITH, PASSES_WITHOUT, ROUND, AdaptiveDrafts
 
 
-def play(payoff: DraftPayoff, running: int, tokens: float, verify_s: float, draft_s: float, plain_s: float) -> None:
+def play(payoff: AdaptiveDrafts, running: int, tokens: float, verify_s: float, draft_s: float, plain_s: float) -> None:
     """One pass, as the rule wants it."""
     if payoff.drafts(running):
         payoff.observe(running, running, round(tokens * running), pass_s=verify_s, draft_s=draft_s)
@@ -28,7 +28,7 @@ def play(payoff: DraftPayoff, running: int, tokens: float, verify_s: float, draf
 def test_drafts_are_made_where_more_tokens_a_second_come_with_them(
     tokens: float, verify_s: float, draft_s: float, plain_s: float, pays: bool
 ) -> None:
-    payoff = DraftPayoff()
+    payoff = AdaptiveDrafts()
     for passes in range(PASSES_WITH + PASSES_WITHOUT):
         assert payoff.follows(10)
         assert payoff.drafts(10) == (passes < PASSES_WITH)
@@ -37,14 +37,14 @@ def test_drafts_are_made_where_more_tokens_a_second_come_with_them(
 
 
 def test_a_single_slow_pass_does_not_decide() -> None:
-    payoff = DraftPayoff()
+    payoff = AdaptiveDrafts()
     for passes in range(PASSES_WITH + PASSES_WITHOUT):
         play(payoff, 2, 1.8, 60.0 if passes == 3 else 1.1, 0.1, 1.0)
     assert payoff.drafts(2)
 
 
 def test_each_load_is_measured_by_itself() -> None:
-    payoff = DraftPayoff()
+    payoff = AdaptiveDrafts()
     for _ in range(PASSES_WITH + PASSES_WITHOUT):
         play(payoff, 1, 1.8, 1.1, 0.1, 1.0)
         play(payoff, 16, 1.8, 1.9, 0.1, 1.0)
@@ -55,7 +55,7 @@ def test_each_load_is_measured_by_itself() -> None:
 
 
 def test_what_was_measured_is_measured_again() -> None:
-    payoff = DraftPayoff()
+    payoff = AdaptiveDrafts()
     for _ in range(ROUND):
         play(payoff, 4, 1.1, 1.2, 0.1, 1.0)
     assert payoff.drafts(4)
@@ -65,14 +65,14 @@ def test_what_was_measured_is_measured_again() -> None:
 
 
 def test_a_measurement_waits_for_texts_that_are_followed() -> None:
-    payoff = DraftPayoff()
+    payoff = AdaptiveDrafts()
     for _ in range(100):
         payoff.observe(1, 0, 1, pass_s=0.1, draft_s=0.0)
     assert payoff.drafts(1)
 
 
 def test_drafts_always_pay_where_nothing_adapts() -> None:
-    payoff = DraftPayoff(adapts=False)
+    payoff = AdaptiveDrafts(adapts=False)
     for _ in range(ROUND + 10):
         assert payoff.follows(3)
         assert payoff.drafts(3)

@@ -18,10 +18,10 @@ from abyssal.engine import (
     Engine,
     EngineFailedError,
     EngineOptions,
+    OutputStream,
     QueueFullError,
     Request,
     SamplingParameters,
-    Stream,
     generate,
 )
 from abyssal.errors import ModelDirectoryError, UsageError
@@ -43,7 +43,7 @@ def within_seconds(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
-async def ids_of(stream: Stream) -> list[int]:
+async def ids_of(stream: OutputStream) -> list[int]:
     return [output.token.id async for output in stream if output.token is not None]
 
 
@@ -58,7 +58,7 @@ def test_many_streams_give_what_each_request_gives_alone(model: Transformer) -> 
         async with AsyncEngine(engine) as driver:
             streams = [driver.submit(Request(prompt, GREEDY)) for prompt in prompts(12)]
             texts = await asyncio.gather(*(ids_of(stream) for stream in streams))
-            assert driver.num_texts == 0
+            assert driver.num_sequences == 0
             assert driver.statistics.new_tokens_total == 12 * 12
         engine.check_integrity()
         assert engine.statistics().num_pages_used == 0
@@ -73,7 +73,7 @@ def test_half_of_the_callers_leave_at_random_moments_and_no_page_leaks(model: Tr
         engine = Engine(model, OPTIONS)
 
         async def caller(prompt: list[int], leaves_after: int | None) -> None:
-            async with driver.submit(Request(prompt, GREEDY, num_continuations=source.randint(1, 3))) as stream:
+            async with driver.submit(Request(prompt, GREEDY, num_sequences=source.randint(1, 3))) as stream:
                 count = 0
                 async for output in stream:
                     assert output.token is not None
@@ -105,8 +105,8 @@ def test_more_requests_than_may_wait_are_refused(model: Transformer) -> None:
             streams = [driver.submit(Request([n], GREEDY)) for n in range(5)]
             with pytest.raises(QueueFullError, match="5 texts run and wait, of at most 5; try again later"):
                 driver.submit(Request([7], GREEDY))
-            with pytest.raises(UsageError, match="num_continuations=6: at most 5"):
-                driver.submit(Request([7], GREEDY, num_continuations=6))
+            with pytest.raises(UsageError, match="num_sequences=6: at most 5"):
+                driver.submit(Request([7], GREEDY, num_sequences=6))
             await streams[0].aclose()
             streams.append(driver.submit(Request([7], GREEDY)))
             assert [len(text) for text in await asyncio.gather(*map(ids_of, streams))] == [0, 12, 12, 12, 12, 12]
@@ -119,7 +119,7 @@ def test_a_request_that_cannot_be_is_refused_before_it_waits(model: Transformer)
         async with AsyncEngine(Engine(model, OPTIONS)) as driver:
             with pytest.raises(UsageError, match="prompt: has no tokens"):
                 driver.submit(Request([], GREEDY))
-            assert driver.num_texts == 0
+            assert driver.num_sequences == 0
 
     within_seconds(scenario())
     with pytest.raises(UsageError, match="max_waiting=-1: must be at least 0"):

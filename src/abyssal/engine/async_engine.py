@@ -29,15 +29,15 @@ class EngineFailedError(AbyssalError):
     """A step failed by a defect of ours, its cause, and with it every request under way."""
 
 
-class Stream:
+class OutputStream:
     """The outputs of one request as they come; it ends when all its texts have.
 
     Leaving it before, by `aclose` or out of an `async with`, cancels the request and frees its pages.
     """
 
-    def __init__(self, driver: AsyncEngine, num_texts: int) -> None:
+    def __init__(self, driver: AsyncEngine, num_sequences: int) -> None:
         """Made by `AsyncEngine.submit`."""
-        self.num_open = num_texts  #: texts that have not ended
+        self.num_open = num_sequences  #: texts that have not ended
         self._driver = driver
         self._ready: deque[Output] = deque()
         self._error: BaseException | None = None
@@ -62,7 +62,7 @@ class Stream:
             await self._changed.wait()
         return self._ready.popleft()
 
-    async def __aenter__(self) -> Stream:
+    async def __aenter__(self) -> OutputStream:
         """Return this stream."""
         return self
 
@@ -105,8 +105,8 @@ class AsyncEngine:
         """Take over `engine`; up to `max_waiting` texts may wait behind those that it can run at a time."""
         if max_waiting < 0:
             raise UsageError(f"max_waiting={max_waiting}: must be at least 0; 0 takes what can run at once")
-        self._engine, self._max_texts = engine, engine.options.max_running + max_waiting
-        self._streams: set[Stream] = set()
+        self._engine, self._max_sequences = engine, engine.options.max_running + max_waiting
+        self._streams: set[OutputStream] = set()
         self._is_draining = False
         self._empty = asyncio.Event()
         self._statistics = engine.statistics()
@@ -115,8 +115,8 @@ class AsyncEngine:
         self._calls: list[Callable[[], None]] = []
         self._is_stopping = False
         # of the engine's thread alone:
-        self._by_id: dict[int, Stream] = {}
-        self._id_of: dict[Stream, int] = {}
+        self._by_id: dict[int, OutputStream] = {}
+        self._id_of: dict[OutputStream, int] = {}
         self._thread = threading.Thread(target=self._work, name="abyssal-engine", daemon=True)
 
     async def __aenter__(self) -> AsyncEngine:
@@ -135,7 +135,7 @@ class AsyncEngine:
 
     # What others ask for
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request) -> OutputStream:
         """Queue a request and return its outputs to come.
 
         Raises:
@@ -143,21 +143,21 @@ class AsyncEngine:
             QueueFullError: too many wait; DrainingError: the engine is about to stop.
         """
         self._engine.check(request)
-        texts, most = request.num_continuations, self._max_texts
+        texts, most = request.num_sequences, self._max_sequences
         if texts > most:
-            raise UsageError(f"num_continuations={texts}: at most {most} texts can run and wait here")
+            raise UsageError(f"num_sequences={texts}: at most {most} texts can run and wait here")
         if self._is_draining:
             raise DrainingError("the engine is about to stop and takes no further request; try another one")
-        if self.num_texts + texts > most:
-            raise QueueFullError(f"{self.num_texts} texts run and wait, of at most {most}; try again later")
-        stream = Stream(self, texts)
+        if self.num_sequences + texts > most:
+            raise QueueFullError(f"{self.num_sequences} texts run and wait, of at most {most}; try again later")
+        stream = OutputStream(self, texts)
         self._streams.add(stream)
         self._empty.clear()
         self._call(lambda: self._add(stream, request))
         return stream
 
     @property
-    def num_texts(self) -> int:
+    def num_sequences(self) -> int:
         """Texts that have not ended."""
         return sum(stream.num_open for stream in self._streams)
 
@@ -196,7 +196,7 @@ class AsyncEngine:
             self._calls.append(call)
             self._condition.notify()
 
-    def _forget(self, stream: Stream) -> None:
+    def _forget(self, stream: OutputStream) -> None:
         """Let go of a stream; if its request has not ended, cancel it."""
         if stream not in self._streams:
             return
@@ -207,7 +207,7 @@ class AsyncEngine:
         if not self._streams:
             self._empty.set()
 
-    def _deliver(self, batch: dict[Stream, list[Output]], statistics: EngineStatistics) -> None:
+    def _deliver(self, batch: dict[OutputStream, list[Output]], statistics: EngineStatistics) -> None:
         """Hand the outputs of a step to their streams."""
         self._statistics = statistics
         for stream, outputs in batch.items():
@@ -247,14 +247,14 @@ class AsyncEngine:
             failure.__cause__ = error
             self._loop.call_soon_threadsafe(self._fail_all, failure)
             return
-        batch: dict[Stream, list[Output]] = {}
+        batch: dict[OutputStream, list[Output]] = {}
         for output in outputs:
             batch.setdefault(self._by_id[output.request_id], []).append(output)
         for stream in [self._by_id[n] for n in self._by_id if not self._engine.is_open(n)]:
             del self._by_id[self._id_of.pop(stream)]
         self._loop.call_soon_threadsafe(self._deliver, batch, self._engine.statistics())
 
-    def _add(self, stream: Stream, request: Request) -> None:
+    def _add(self, stream: OutputStream, request: Request) -> None:
         try:
             request_id = self._engine.add(request)
         except AbyssalError as error:  # of the request's constraint; all else was checked
@@ -262,7 +262,7 @@ class AsyncEngine:
             return
         self._by_id[request_id], self._id_of[stream] = stream, request_id
 
-    def _cancel(self, stream: Stream) -> None:
+    def _cancel(self, stream: OutputStream) -> None:
         request_id = self._id_of.pop(stream, None)
         if request_id is not None:
             del self._by_id[request_id]

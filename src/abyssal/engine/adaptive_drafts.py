@@ -33,7 +33,7 @@ class _Load:
         return tokens / seconds > 1 / median(self.without)
 
 
-class DraftPayoff:
+class AdaptiveDrafts:
     """Decides about drafts from the times of passes that only decode.
 
     The rule: at each load (running texts, in powers of two) a round of 1,024 passes begins with 16 that verify drafts
