@@ -30,7 +30,7 @@ from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from abyssal.plan import training_flops
 from abyssal.train.optimizer import build_optimizer
-from abyssal.train.setup import settle
+from abyssal.train.resolve import set_threads
 from abyssal.train.step import train_step
 from record import record
 from shapes import SHAPES
@@ -59,7 +59,9 @@ def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
         },
         source="bench",
     )
-    model = initialise(Transformer(config, choose_kernels(torch.device("cpu"), torch.bfloat16), torch.bfloat16), 0)
+    model = initialise(
+        Transformer(config, choose_kernels(torch.device("cpu"), torch.bfloat16, "train"), torch.bfloat16), 0
+    )
     optimizer = build_optimizer(model, run.optimizer)
     return lambda: train_step(model, optimizer, windows, run, 0)
 
@@ -88,7 +90,7 @@ def transformers_step(config: ModelConfig, windows: torch.Tensor, experts: str, 
 
 def run_candidate(name: str, config: ModelConfig, windows: torch.Tensor) -> dict[str, float]:
     """Time one candidate in this process: seconds of its median step, and the most memory it held."""
-    settle(available_cores())  # threads, and the allocator's setting, for every candidate
+    set_threads(available_cores())  # threads, and the allocator's setting, for every candidate
     if name == OURS:
         step = abyssal_step(config, windows)
     else:

@@ -1,16 +1,13 @@
 """What Abyssal's own trainer keeps of a micro-batch: autograd's saved tensors, as they are.
 
-Nothing is computed again. Norms keep their rows before and after the scale; attention keeps its probabilities up to
-`MAX_KEPT_TOKENS` tokens; the cross-entropy keeps the head's gradient instead of logits. bench/plan.py compares this
-with what autograd holds.
+Norms keep their rows before and after the scale; attention makes its scores again; the cross-entropy keeps the head's
+gradient instead of logits. bench/plan.py compares this with what autograd holds.
 """
 
 from __future__ import annotations
 
 from abyssal.plan.operations import GRADIENT_BYTES, VALUE_BYTES, DeviceWork
 
-#: Of abyssal.ops.attention: up to so many tokens probabilities are kept, in blocks of so many rows.
-MAX_KEPT_TOKENS, BLOCK = 1024, 128
 #: A norm's rows, normalised and scaled; its input is the residual, which nobody keeps.
 NORM = 2 * VALUE_BYTES
 #: Tensors of an FFN's width that autograd keeps: gate, up, silu(gate), their product.
@@ -25,9 +22,8 @@ def trainer_activation_bytes(work: DeviceWork, kind: str) -> float:
         return tokens * hidden * (NORM + VALUE_BYTES) + model.vocab_size * hidden * GRADIENT_BYTES
     heads = model.num_attention_heads
     kept = 2.0 * hidden * NORM + ((model.q_lora_rank or 0) + model.kv_lora_rank) * NORM
-    kept += heads * (2 * model.qk_head_dim + 3 * model.v_head_dim) * VALUE_BYTES  # q, k, v, output, o_proj's input
-    if work.sequence_length <= MAX_KEPT_TOKENS:
-        kept += heads * (work.sequence_length + BLOCK) / 2 * VALUE_BYTES
+    widths = 2 * model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim  # q, k, kv, output
+    kept += heads * widths * VALUE_BYTES
     if kind == "dense":
         return tokens * (kept + FFN_TENSORS * model.intermediate_size * VALUE_BYTES)
     width = model.moe_intermediate_size
