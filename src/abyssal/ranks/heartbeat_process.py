@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from abyssal.ranks.heartbeat_monitor import WAY_OUT, Failure, Heartbeat, HeartbeatMonitor, Mark
 
 #: How long a rank has to end by itself, once a failure is known, seconds.
-GRACE_S = 5.0
+GRACE_S = 10.0
 #: Heartbeats within the limit of silence.
 HEARTBEATS = 15
 #: How a rank's mark lies in the memory that it shares: number, whether it may take long, the name's length, the name.
