@@ -31,11 +31,11 @@ from torch import Tensor
 from abyssal.config import ModelConfig
 from abyssal.engine import ContiguousLatentCache, prepare_for_inference
 from abyssal.machine.describe import available_cores
-from abyssal.machine.probe import measure
+from abyssal.machine.matmul_speed import measure_matmul
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from abyssal.plan import count_parameters, decode_flops, forward_flops
-from abyssal.train.setup import settle
+from abyssal.train.resolve import set_threads
 from record import record
 from shapes import SHAPES
 
@@ -94,7 +94,7 @@ class Transformers:
 def build(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """Return the model of seed 0 in `dtype`; the balancing bias stays fp32."""
     with torch.device("meta"):
-        model = Transformer(config, choose_kernels(torch.device("cpu"), dtype), dtype)
+        model = Transformer(config, choose_kernels(torch.device("cpu"), dtype, "decode"), dtype)
     return initialise(model.to(dtype).to_empty(device="cpu"), 0)
 
 
@@ -122,7 +122,7 @@ def timed(work: Callable[[], Any], times: int) -> list[float]:
 @torch.inference_mode()
 def run_candidate(name: str, config: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one candidate in this process: seconds of a step by batch, and of a prefill; the first ids it chose."""
-    settle(available_cores())
+    set_threads(available_cores())
     candidate = build_candidate(name, config)
     result: dict[str, Any] = {"seconds": {}, "ids": {}}
 
@@ -204,8 +204,8 @@ def main() -> None:
         print(json.dumps(run_candidate(arguments.candidate, config, arguments)))
         return
 
-    settle(available_cores())
-    bandwidth, peak = read_bandwidth(), measure([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
+    set_threads(available_cores())
+    bandwidth, peak = read_bandwidth(), measure_matmul([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
     tokens = {"prefill": arguments.prefill, **{f"batch {batch}": batch for batch in arguments.batch}}
     least = floors(config, arguments, bandwidth, peak)
     sides = {

@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from abyssal.config import RunConfig, Schedule, load_recipe
+from abyssal.config import RunConfig, ValueSchedule, load_recipe
 from abyssal.machine.describe import available_cores
 from abyssal.machine.limits import measure_limits
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.hardware import Chip, Cluster
 from abyssal.plan.layout import Layout
 from abyssal.plan.training_plan import StepPlan, plan_step
+from abyssal.train.build import build_run
 from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
-from abyssal.train.optimizer import build_optimizer
-from abyssal.train.setup import build_model, settle
+from abyssal.train.resolve import set_threads
 from abyssal.train.step import train_step
 from record import record
 from shapes import SHAPES
@@ -45,7 +45,7 @@ def runs() -> dict[str, RunConfig]:
         "model": SHAPES["S"]().model_dump(),
         "optimizer": values["optimizer"] | {"name": "adamw"},
         "train": values["train"] | {"sequence_length": 512, "micro_batch_size": 8},
-        "schedule": values["schedule"] | {"batch_size": Schedule(start=8).model_dump()},
+        "schedule": values["schedule"] | {"batch_size": ValueSchedule(start=8).model_dump()},
     }
     return {
         "S": RunConfig.parse(shape_s, "bench"),
@@ -56,9 +56,9 @@ def runs() -> dict[str, RunConfig]:
 
 def measure_run(run: RunConfig) -> dict[str, Any]:
     """Seconds of a step, and bytes by kind, in this process."""
-    settle(available_cores())
-    model = build_model(run, torch.device("cpu"))
-    optimizer = build_optimizer(model, run.optimizer)
+    set_threads(available_cores())
+    built = build_run(run, torch.device("cpu"))
+    model, optimizer = built.model, built.optimizer
     size = (run.batch_size_at(0), run.train.sequence_length + 1)
     windows = torch.randint(run.model.vocab_size, size, generator=torch.Generator().manual_seed(0))
     times = []
@@ -123,7 +123,7 @@ def main() -> None:
     if arguments.candidate:
         print(json.dumps(measure_run(runs()[arguments.candidate])))
         return
-    settle(available_cores())
+    set_threads(available_cores())
     limits = measure_limits().toml("machine")
     cluster = Cluster("machine", Chip.parse(tomllib.loads(limits)["machine"], "bench"), 1)
     figures: dict[str, Any] = {"machine": tomllib.loads(limits)["machine"]}

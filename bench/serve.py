@@ -25,13 +25,13 @@ from urllib.parse import urlsplit
 
 import torch
 
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
 from abyssal.config import load_recipe
 from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters, load_model
 from abyssal.machine.describe import available_cores
 from abyssal.model import Transformer, initialise
-from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 from served import NAME, serving
 
 PROMPT_TOKENS = 32

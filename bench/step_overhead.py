@@ -33,13 +33,11 @@ import torch.multiprocessing as mp
 
 from abyssal.config import RunConfig, load_recipe
 from abyssal.machine.describe import available_cores
-from abyssal.machine.probe import choose_compute_dtype, measure
-from abyssal.parallel.layout import lay_out
-from abyssal.parallel.mesh import Mesh
+from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
 from abyssal.ranks.launch import Launch
 from abyssal.ranks.ranks import ALONE, Ranks
-from abyssal.train.optimizer import build_optimizer
-from abyssal.train.setup import build_model, settle
+from abyssal.train.build import build_run
+from abyssal.train.resolve import set_threads
 from abyssal.train.signals import StopSignals
 from abyssal.train.step import train_step
 from parts import KINDS, REST, Parts, tell_apart
@@ -61,14 +59,10 @@ ALONE_NAME, APART = "one rank alone", "all ranks, without a word"
 
 def build(config: RunConfig, ranks: Ranks, parts: Parts | None = None) -> Step:
     """Build a rank's model as a run does, and return its step with what the loop does around it."""
-    device, mesh = torch.device("cpu"), None
-    if ranks.world_size > 1:
-        layout = lay_out(config.parallel, config.model, ranks.world_size, ranks.local_world_size)
-        mesh = Mesh.over(layout, device)
-    model = build_model(config, device, mesh)
+    built, signals = build_run(config, torch.device("cpu"), ranks), StopSignals()
+    model, optimizer = built.model, built.optimizer
     if parts is not None:
         parts.know(model)
-    optimizer, signals = build_optimizer(model, config.optimizer), StopSignals()
     own, length = config.batch_size_at(0) // dist.get_world_size(), config.train.sequence_length
     generator, seen = torch.Generator().manual_seed(dist.get_rank()), config.train.tokens // 10
 
@@ -136,7 +130,7 @@ def small_messages(ranks: Ranks, repeats: int = 50) -> dict[str, float]:
 
 
 def rank_main(rank: int, world_size: int, port: int, dtype: str, rounds: int, results: Any) -> None:
-    settle(1)
+    set_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     ranks = Ranks.of_world(Launch(local_world_size=world_size))
@@ -204,7 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what a run would choose here")
     arguments = parser.parse_args()
-    dtype = arguments.dtype or str(choose_compute_dtype(measure()).dtype).removeprefix("torch.")
+    dtype = arguments.dtype or str(choose_compute_dtype(measure_matmul()).dtype).removeprefix("torch.")
     figures: dict[str, Any] = {"dtype": dtype}
     for world_size in arguments.ranks:
         with socket.socket() as listener:

@@ -47,11 +47,11 @@ def write_model(folder: Path) -> None:
     """Write a model directory of random numbers, with an MTP module."""
     import torch
 
-    from abyssal.checkpoint.model_directory import write_model_directory
+    from abyssal.checkpoint.hf import write_model_directory
     from abyssal.config import ModelConfig
     from abyssal.model import Transformer, initialise
-    from abyssal.text.chat_template import write_tokenizer_config
     from abyssal.text.tokenizer import Tokenizer
+    from abyssal.text.tokenizer_config import write_tokenizer_config
 
     tokenizer = Tokenizer.train(["def f(x):\n    return x * x\n"] * 3, 290)
     assert tokenizer.vocab_size == NUM_TOKENS

@@ -23,14 +23,14 @@ from collections.abc import Callable
 
 import torch
 
-from abyssal.config import ModelConfig, RunConfig, Schedule, load_recipe
+from abyssal.config import ModelConfig, RunConfig, ValueSchedule, load_recipe
 from abyssal.machine.describe import available_cores
-from abyssal.machine.probe import measure
+from abyssal.machine.matmul_speed import measure_matmul
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from abyssal.plan import training_flops
 from abyssal.train.optimizer import build_optimizer
-from abyssal.train.setup import settle
+from abyssal.train.resolve import set_threads
 from abyssal.train.step import train_step
 from record import record
 from shapes import SHAPES
@@ -43,7 +43,7 @@ WARM_UP_STEPS, TIMED_STEPS = 3, 3
 def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
     """One step of `train_step`, everything on: clipping, balancing bias, balance loss."""
     base = load_recipe("demo")
-    constant = Schedule(start=len(windows))
+    constant = ValueSchedule(start=len(windows))
     run = RunConfig.parse(
         base.model_dump()
         | {
@@ -59,7 +59,9 @@ def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
         },
         source="bench",
     )
-    model = initialise(Transformer(config, choose_kernels(torch.device("cpu"), torch.bfloat16), torch.bfloat16), 0)
+    model = initialise(
+        Transformer(config, choose_kernels(torch.device("cpu"), torch.bfloat16, "train"), torch.bfloat16), 0
+    )
     optimizer = build_optimizer(model, run.optimizer)
     return lambda: train_step(model, optimizer, windows, run, 0)
 
@@ -88,7 +90,7 @@ def transformers_step(config: ModelConfig, windows: torch.Tensor, experts: str, 
 
 def run_candidate(name: str, config: ModelConfig, windows: torch.Tensor) -> dict[str, float]:
     """Time one candidate in this process: seconds of its median step, and the most memory it held."""
-    settle(available_cores())  # threads, and the allocator's setting, for every candidate
+    set_threads(available_cores())  # threads, and the allocator's setting, for every candidate
     if name == OURS:
         step = abyssal_step(config, windows)
     else:
@@ -124,7 +126,7 @@ def main() -> None:
 
     peers = [f"transformers {e} {precision}" for e in arguments.experts for precision in ("bf16 autocast", "fp32")]
     tokens = arguments.sequences * arguments.length
-    peak = measure([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
+    peak = measure_matmul([torch.bfloat16]).gflops[torch.bfloat16] * 1e9
     best: dict[str, dict[str, float]] = {}
     for _ in range(arguments.rounds):
         for name in (OURS, *peers):

@@ -55,10 +55,10 @@ def model_folder(tmp_path: Path, tiny_config: ModelConfig) -> Path:
     """A model directory of random numbers that asks for temperature 0.9."""
     import torch
 
-    from abyssal.checkpoint.model_directory import write_model_directory
+    from abyssal.checkpoint.hf import write_model_directory
     from abyssal.model import Transformer, initialise
-    from abyssal.text.chat_template import write_tokenizer_config
     from abyssal.text.tokenizer import Tokenizer
+    from abyssal.text.tokenizer_config import write_tokenizer_config
 
     tokenizer = Tokenizer.train(["def f(x):\n    return x * x\n"] * 3, 290)
     config = tiny_config.model_copy(update={"vocab_size": tokenizer.vocab_size})

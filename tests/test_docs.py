@@ -238,7 +238,7 @@ def serving(model: Path) -> Iterator[str]:
     from abyssal.engine import load_model
     from abyssal.server import ServerOptions, create_app
     from abyssal.server.process import listen
-    from abyssal.text.chat import ChatTemplate
+    from abyssal.text.chat_template import ChatTemplate
 
     options = ServerOptions(model_name="demo")
     app = create_app(load_model(model), template=ChatTemplate.load(model), options=options)

@@ -17,7 +17,7 @@ import pytest
 from abyssal.cli.main import main
 from abyssal.engine import Conversation, SamplingParameters, load_model
 from abyssal.engine.text_stream import Chunk
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 Capture = pytest.CaptureFixture[str]
 Pipe = Callable[..., tuple[int, str, str]]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from abyssal.cli.inspect import describe_schedule
 from abyssal.cli.main import main
 from abyssal.cli.numbers import byte_size, short
-from abyssal.config import Schedule, Segment, load_recipe, packaged_recipes
+from abyssal.config import Segment, ValueSchedule, load_recipe, packaged_recipes
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_recipes_lists_every_recipe_with_its_size(run):
 
 
 def test_a_schedule_in_words():
-    schedule = Schedule(
+    schedule = ValueSchedule(
         start=0.5,
         unit="fraction",
         segments=(
@@ -182,7 +182,7 @@ def test_a_schedule_in_words():
         "0.5, linear to 2 at 10% of the run, constant until 25% of the run, 1 until 50% of the run, "
         "cosine to 0 at the end"
     )
-    assert describe_schedule(Schedule(start=3)) == "3"
+    assert describe_schedule(ValueSchedule(start=3)) == "3"
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_interrupted_run_prints_the_command_that_goes_on(
 def test_run_interrupted_before_its_first_step_starts_again(
     abyssal: Call, small_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(monkeypatch, "decide", call=1)
+    interrupt(monkeypatch, "resolve", call=1)
     result = abyssal("train", small_recipe)
     assert result.code == 130
     assert result.err == "\ninterrupted before the first step\n"
@@ -105,7 +105,7 @@ UNKNOWN = "there are demo, v3_16b, v3_671b, v3_671b_128k, v3_671b_32k, or give a
             2,
             "--set seed=1: a resumed run keeps the recipe",
         ),
-        (["RECIPE", "--out", "file"], 1, "file/data: cannot be written"),
+        (["RECIPE", "--out", "file"], 1, "file/data: cannot prepare the data here"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abyssal.config import Schedule, Segment, load_recipe
+from abyssal.config import Segment, ValueSchedule, load_recipe
 from abyssal.errors import ConfigError
 
 T = 1e12
@@ -87,13 +87,13 @@ def test_context_extension_is_the_published_one(name, length, batch):
 
 
 def test_a_fraction_schedule_scales_with_the_run():
-    schedule = Schedule(start=1.0, unit="fraction", segments=(Segment(until=0.25, shape="linear", to=5.0),))
+    schedule = ValueSchedule(start=1.0, unit="fraction", segments=(Segment(until=0.25, shape="linear", to=5.0),))
     assert [schedule.at(x, 400) for x in (0, 50, 100, 300)] == [1.0, 3.0, 5.0, 5.0]
     assert [schedule.at(x, 4000) for x in (0, 500, 1000, 3000)] == [1.0, 3.0, 5.0, 5.0]
 
 
 def test_a_constant_segment_without_a_value_holds_what_was_reached():
-    schedule = Schedule(
+    schedule = ValueSchedule(
         start=2.0,
         segments=(
             Segment(until=10),
@@ -119,7 +119,7 @@ def test_a_schedule_stays_between_its_values(start, parts, tokens):
     for width, shape, to in parts:
         ends += width
         segments.append(Segment(until=ends, shape=shape, to=to))
-    schedule = Schedule(start=start, segments=tuple(segments))
+    schedule = ValueSchedule(start=start, segments=tuple(segments))
     values = [start, *(to for _, _, to in parts)]
     assert min(values) - 1e-12 <= schedule.at(tokens, 100.0) <= max(values) + 1e-12
     assert schedule.lowest == min(values)
@@ -138,5 +138,5 @@ def test_a_schedule_stays_between_its_values(start, parts, tokens):
 )
 def test_a_senseless_schedule_is_refused(values, sentence):
     with pytest.raises(ConfigError) as caught:
-        Schedule.parse(values, source="here")
+        ValueSchedule.parse(values, source="here")
     assert sentence in str(caught.value)

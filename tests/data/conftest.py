@@ -4,17 +4,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from abyssal.data.manifest import Dropped, Manifest, Split
+from abyssal.data.manifest import DatasetManifest, DroppedCounts, Split
 from abyssal.data.shards import write_shard
 
-MakeShards = Callable[..., Manifest]
+MakeShards = Callable[..., DatasetManifest]
 
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> MakeShards:
     """Write a data folder at `tmp_path` whose training shards hold the given documents, each 10 bytes a token."""
 
-    def make(*shards: list[list[int]], dtype: str = "uint16") -> Manifest:
+    def make(*shards: list[list[int]], dtype: str = "uint16") -> DatasetManifest:
         written = [
             write_shard(
                 tmp_path / f"train-{n:05d}",
@@ -24,10 +24,10 @@ def make_shards(tmp_path: Path) -> MakeShards:
             )
             for n, documents in enumerate(shards)
         ]
-        manifest = Manifest(
+        manifest = DatasetManifest(
             tokenizer="t",
             dtype=dtype,
-            dropped=Dropped(),
+            dropped=DroppedCounts(),
             splits={"train": Split.of(written), "validation": Split.of([]), "heldout": Split.of([])},
             inputs={},
         )

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from abyssal.config.run import DataConfig, TokenizerConfig
-from abyssal.data.augment import TrainingText
+from abyssal.data.augment import TrainingEncoder
 from abyssal.data.prepare import prepare
 from abyssal.data.shards import Shards
 from abyssal.text.fim import FillInTheMiddle
@@ -14,11 +14,11 @@ TOKENIZER = Tokenizer.train([LINES * 20], 330)
 TEXTS = {f"{n}.txt": LINES[n % 7 :] + str(n) for n in range(400)}
 
 
-def text_of(fim: float = 0.0, split: float = 0.0, seed: int = 5) -> TrainingText:
-    return TrainingText(TOKENIZER, DataConfig(fim_rate=fim, split_merged_rate=split), seed)
+def text_of(fim: float = 0.0, split: float = 0.0, seed: int = 5) -> TrainingEncoder:
+    return TrainingEncoder(TOKENIZER, DataConfig(fim_rate=fim, split_merged_rate=split), seed)
 
 
-def encoded(training: TrainingText) -> dict[str, list[int]]:
+def encoded(training: TrainingEncoder) -> dict[str, list[int]]:
     return {key: training.encode(text, key) for key, text in TEXTS.items()}
 
 
@@ -46,12 +46,17 @@ def test_share_of_merged_tokens_is_taken_apart_into_punctuation_and_line_ends() 
     plain, training = encoded(text_of()), text_of(split=0.3)
     found = encoded(training)
     assert {key: TOKENIZER.decode(ids) for key, ids in found.items()} == TEXTS
-    merged = {TOKENIZER.decode([token]) for token in training.merged}
+    parts = training.merged_tokens
+    merged = {TOKENIZER.decode([token]) for token in parts}
     assert {");\n", "€\n"} <= merged
     assert not any(text.isspace() or "\ufffd" in text or text.strip()[0].isalnum() for text in merged)
-    before, after = (sum(token in training.merged for ids in all_.values() for token in ids) for all_ in (plain, found))
+    before, after = (
+        sum(token in training.merged_tokens for ids in all_.values() for token in ids) for all_ in (plain, found)
+    )
     assert 0.6 < after / before < 0.8
-    assert all(TOKENIZER.decode(pair[-1:]).strip("\r\n") == "" and len(pair) >= 2 for pair in training.merged.values())
+    assert all(
+        TOKENIZER.decode(pair[-1:]).strip("\r\n") == "" and len(pair) >= 2 for pair in training.merged_tokens.values()
+    )
 
 
 def test_randomness_is_of_seed_and_document_alone() -> None:
@@ -72,7 +77,7 @@ def test_only_training_documents_are_rearranged(tmp_path: Path, monkeypatch, wor
     config = DataConfig(corpus=(str(tmp_path / "in"),), split_modulus=5, fim_rate=0.5, split_merged_rate=0.5)
     prepare(config, TokenizerConfig(), 330, tmp_path / "out", seed=5, workers=workers)
     tokenizer = Tokenizer.load(tmp_path / "out")
-    fim, training = FillInTheMiddle(tokenizer), TrainingText(tokenizer, config, 5)
+    fim, training = FillInTheMiddle(tokenizer), TrainingEncoder(tokenizer, config, 5)
     texts = {}
     for split in ("train", "validation", "heldout"):
         shards = Shards.open(tmp_path / "out", split)

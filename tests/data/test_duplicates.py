@@ -4,10 +4,10 @@ import pytest
 
 from abyssal.config.run import DataConfig, TokenizerConfig
 from abyssal.data.corpus import split_of
-from abyssal.data.duplicates import NearDuplicates, bands_for
-from abyssal.data.manifest import Dropped, Manifest
+from abyssal.data.duplicates import NearDuplicateIndex, bands_for
+from abyssal.data.manifest import DatasetManifest, DroppedCounts
 from abyssal.data.prepare import prepare
-from abyssal.data.quality import fault_of
+from abyssal.data.quality import broken_rule
 from abyssal.data.shards import Shards
 from abyssal.errors import DataError
 from abyssal.text.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ WORDS = ["".join(chr(97 + n * k % 26) for k in (1, 3, 7, 9)) + str(n) for n in r
 PAGES = {f"{n}.txt": " ".join(WORDS[(n * 53 + k * (n + 3)) % 400] for k in range(120)) for n in range(60)}
 
 
-def made(tmp_path: Path, texts: dict[str, str], **fields) -> tuple[Manifest, dict[str, list[str]]]:
+def made(tmp_path: Path, texts: dict[str, str], **fields) -> tuple[DatasetManifest, dict[str, list[str]]]:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for name, text in texts.items():
@@ -42,14 +42,14 @@ def names_in(split: str, count: int) -> list[str]:
 def test_copies_stay_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
     copies = dict(zip(names_in("train", 9), of_split("train").values(), strict=False))
     manifest, texts = made(tmp_path, PAGES | copies)
-    assert manifest.dropped == Dropped()
+    assert manifest.dropped == DroppedCounts()
     assert sorted(texts["train"]) == sorted([*of_split("train").values(), *copies.values()])
 
 
 def test_exact_copies_leave_one_document_each(tmp_path: Path) -> None:
     copies = dict(zip(names_in("train", 9), of_split("train").values(), strict=False))
     manifest, texts = made(tmp_path, PAGES | copies, duplicates="exact")
-    assert manifest.dropped == Dropped(duplicate=9)
+    assert manifest.dropped == DroppedCounts(duplicate=9)
     assert sorted(texts["train"]) == sorted(of_split("train").values())
 
 
@@ -75,11 +75,11 @@ def test_likeness_is_the_threshold(tmp_path: Path) -> None:
     words = WORDS[:200]
     half = " ".join(words[:100] + WORDS[300:400])
     for threshold, expected in ((0.2, True), (0.6, False)):
-        found = NearDuplicates(threshold)
-        found.remember(found.signature(" ".join(words)))
-        assert found.known(found.signature(half)) == expected  # a third of the runs are common
-    assert not found.known(found.signature("short"))
-    assert not found.known(found.signature(""))
+        found = NearDuplicateIndex(threshold)
+        found.add(found.signature(" ".join(words)))
+        assert found.contains(found.signature(half)) == expected  # a third of the runs are common
+    assert not found.contains(found.signature("short"))
+    assert not found.contains(found.signature(""))
 
 
 def test_bands_are_the_fewest_that_find_what_is_alike() -> None:
@@ -113,12 +113,12 @@ def test_corpus_that_is_all_duplicates_is_a_sentence(tmp_path: Path) -> None:
     ],
 )
 def test_rules_of_quality(text: str, rules: dict[str, float], fault: str | None) -> None:
-    assert fault_of(text, DataConfig(**rules)) == fault
+    assert broken_rule(text, DataConfig(**rules)) == fault
 
 
 def test_rules_of_quality_are_for_training_documents(tmp_path: Path) -> None:
     short = {name: f"s{n}" for n, name in enumerate(names_in("train", 4) + names_in("heldout", 3))}
     manifest, texts = made(tmp_path, PAGES | short, min_characters=5)
-    assert manifest.dropped == Dropped(short=4)
+    assert manifest.dropped == DroppedCounts(short=4)
     assert manifest.dropped.sentence() == "4 short"
     assert {"s4", "s5", "s6"} <= set(texts["heldout"])

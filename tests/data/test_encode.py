@@ -6,7 +6,7 @@ import pytest
 
 from abyssal.config.run import DataConfig
 from abyssal.data.corpus import find_documents, find_files
-from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, digest, write_shards
+from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, text_digest, write_shards
 from abyssal.errors import DataError
 from abyssal.text.special_tokens import EOS
 from abyssal.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def plan_of(folder: Path, split: str, name: str = "s-00000") -> ShardPlan:
 @pytest.fixture
 def encoder(tmp_path: Path) -> ShardEncoder:
     tokenizer = Tokenizer.train(["plain words and known words"], 270)
-    return ShardEncoder(tmp_path, tokenizer, DocumentReader(CONFIG, frozenset({digest("known words")})))
+    return ShardEncoder(tmp_path, tokenizer, DocumentReader(CONFIG, frozenset({text_digest("known words")})))
 
 
 def test_documents_stand_between_bos_and_eos_and_their_text_makes_neither(folder, encoder, tmp_path: Path) -> None:

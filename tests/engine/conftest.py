@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
 from abyssal.config import ModelConfig, RopeScaling
 from abyssal.engine import use_latent_cache
 from abyssal.model import Transformer, initialise
-from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 
 #: What the models of these tests differ in; the rest is `tiny_config`.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import torch
 
 from abyssal.engine import Conversation, LoadedModel, SamplingParameters, Speculation, load, load_model, stream_text
 from abyssal.errors import UsageError
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 from abyssal.text.special_tokens import ASSISTANT, BOS, EOS, USER
 
 Talk = Callable[..., Conversation]

@@ -40,7 +40,7 @@ def test_measurement_is_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from abyssal.machine import limits
 
-    monkeypatch.setattr(limits, "measure", functools.partial(limits.measure, seconds=0.05))
+    monkeypatch.setattr(limits, "measure_matmul", functools.partial(limits.measure_matmul, seconds=0.05))
     monkeypatch.setattr(limits, "PASSED", 1 << 12)
     monkeypatch.setattr(limits, "ROWS", 32)
     monkeypatch.setattr(limits, "COLUMNS", 48)

@@ -163,3 +163,18 @@ def test_balancing_bias_stays_fp32_when_the_model_is_cast_down(draw_config) -> N
     assert router.e_score_correction_bias.dtype == torch.float32
     assert torch.equal(router.e_score_correction_bias, values)
     assert router.double().e_score_correction_bias.dtype == torch.float64
+
+
+def test_the_router_reads_nothing_back_from_its_device(draw_config: Any) -> None:
+    """On the meta device there are no values: whoever reads one fails."""
+    config = draw_config(8, first_k_dense_replace=0)
+    with torch.device("meta"):
+        mlp = MixtureOfExperts(config, 0, expert_ffn)
+        hidden = torch.empty(sum(LENGTHS), config.hidden_size, requires_grad=True)
+    statistics = RouterStatistics()
+    ctx = replace(Context.packed(LENGTHS, device="meta"), statistics=statistics, balance_weight=0.1)
+    weights, experts = mlp.route(hidden, ctx)
+    assert weights.shape == experts.shape == (sum(LENGTHS), config.num_experts_per_tok)
+    assert statistics.expert_load[0].shape == (config.n_routed_experts,)
+    assert {statistics.expert_load[0].device.type, statistics.balance_loss[0].device.type} == {"meta"}
+    (weights.sum() + mlp.gate.weight.sum()).backward()

@@ -104,7 +104,7 @@ def test_the_trainer_keeps_what_autograd_keeps() -> None:
         }
     )  # fmt: skip
     length, sequences = 256, 6
-    kernels = choose_kernels(torch.device("cpu"), torch.bfloat16)
+    kernels = choose_kernels(torch.device("cpu"), torch.bfloat16, "train")
     model = initialise(Transformer(config, kernels, torch.bfloat16), 0)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, tuple[int, object]] = {}

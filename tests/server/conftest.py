@@ -16,14 +16,14 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
 from abyssal.config import ModelConfig
 from abyssal.engine import Engine, EngineOptions, LoadedModel, Output, Request, SamplingParameters, load_model
 from abyssal.model import Transformer, initialise
 from abyssal.server import ServerOptions, create_app
-from abyssal.text.chat import ChatTemplate
-from abyssal.text.chat_template import write_tokenizer_config
+from abyssal.text.chat_template import ChatTemplate
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 
 POSITIONS = 800
 ENGINE = EngineOptions(max_running=4, page_tokens=8, num_drafts=1, adapt_drafts=False)

@@ -23,7 +23,7 @@ from playwright import sync_api
 
 from abyssal.engine import Engine, EngineOptions, LoadedModel, Output, Request, SamplingParameters, load_model
 from abyssal.server import ServerOptions, create_app
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ENGINE = EngineOptions(max_running=4, page_tokens=8, num_drafts=1, adapt_drafts=False)
@@ -161,7 +161,7 @@ def test_stop_ends_the_answer_here_and_in_the_engine(opened: Open, held: Any) ->
             page.click("#stop")
             page.locator(".assistant .actions", has_text="stopped").wait_for()
         assert page.locator("#send").is_visible()
-        while app.state.driver.num_texts:  # the suite's limit ends this, if the engine goes on
+        while app.state.driver.num_sequences:  # the suite's limit ends this, if the engine goes on
             time.sleep(0.01)
 
 

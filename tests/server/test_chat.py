@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from abyssal.engine import EngineOptions, LoadedModel, SamplingParameters
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 HI = [{"role": "user", "content": "hi"}]
 PROMPT = "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜>"

@@ -7,8 +7,8 @@ import tracemalloc
 import pytest
 
 from abyssal.errors import DataError
-from abyssal.text import chat
-from abyssal.text.chat import ChatTemplate
+from abyssal.text import chat_template
+from abyssal.text.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 GROW = "{% set ns = namespace(x='aaaaaaaa', l=[]) %}{% for i in range(99) %}"
@@ -72,8 +72,8 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_costly_template_is_stopped_before_it_costs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "BUDGET", 2**21)  # a part, for the sake of the test's time
-    monkeypatch.setattr(chat, "UNITS_PER_INPUT", 0)
+    monkeypatch.setattr(chat_template, "BUDGET", 2**21)  # a part, for the sake of the test's time
+    monkeypatch.setattr(chat_template, "UNITS_PER_INPUT", 0)
     template = ChatTemplate({"default": COSTLY[name]}, {}, "here")
     tracemalloc.start()
     try:

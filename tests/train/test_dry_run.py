@@ -17,15 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from abyssal.config import RunConfig, load_recipe
 from abyssal.errors import UsageError
 from abyssal.parallel.layout import RankLayout, lay_out
-from abyssal.parallel.mesh import Mesh
 from abyssal.plan import count_parameters
 from abyssal.ranks.launch import Launch
 from abyssal.ranks.placements import copies, local
 from abyssal.ranks.ranks import Ranks
+from abyssal.train.build import build_run
 from abyssal.train.dry_run import DryRun, dry_run
 from abyssal.train.dry_run.parts import DENSE, EMBEDDING, HEAD, MOE, MTP, build_parts, part_of
 from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
-from abyssal.train.setup import build_model
 from abyssal.train.step import train_step
 from abyssal.train.training_state import TrainingState
 from ranks import run_ranks
@@ -132,9 +131,8 @@ def _real(cases: list[RunConfig]) -> list[dict[str, Any]]:
     dist.init_process_group("gloo")
     ranks, found = Ranks.of_world(Launch(local_world_size=dist.get_world_size())), []
     for config in cases:
-        layout = lay_out(config.parallel, config.model, ranks.world_size, ranks.local_world_size)
-        state = TrainingState(config, torch.device("cpu"), ranks, Mesh.over(layout, torch.device("cpu")))
-        sequences = config.batch_size_at(0) // layout.dp_size
+        state = TrainingState(config, torch.device("cpu"), ranks)
+        sequences = config.batch_size_at(0) // state.layout.dp_size
         windows = torch.randint(320, (sequences, config.train.sequence_length + 1))
         with Collectives() as collectives:
             train_step(state.model, state.optimizer, windows, config, 0, ranks=ranks)
@@ -216,7 +214,7 @@ def tail(name: str) -> str:
 def test_first_rank_gathers_and_reduces_as_many_bytes_as_in_a_real_step(name: str, real: dict[str, Any]) -> None:
     config = recipe(**REAL[name])
     run = dry_run(config, 4)
-    traffic, sent = run.stages[0].traffic, Counter(real[name][0]["sent"])
+    traffic, sent = run.stages[0].communication, Counter(real[name][0]["sent"])
     assert run.share.micro_batches == 4
     in_vain = 0.0  # before the first block's backward pass FSDP fetches what was last in the micro-batch before
     if config.model.num_nextn_predict_layers:
@@ -247,7 +245,7 @@ def test_gradients_and_gathered_weights_follow_the_zero_stage() -> None:
     assert memories[2].gathered == tables + largest
     for memory in memories:
         assert (memory.weights, memory.moments) == (memories[0].weights, memories[0].moments)
-    traffic = [run.stages[0].traffic for run in (first, second, third)]
+    traffic = [run.stages[0].communication for run in (first, second, third)]
     assert traffic[1].reduce_scatter == 4 * traffic[0].reduce_scatter  # every micro-batch
     assert traffic[0].all_gather == traffic[1].all_gather < traffic[2].all_gather
 
@@ -267,7 +265,7 @@ def test_experts_are_gathered_in_the_compute_dtype_and_the_rest_cast_on_use() ->
 def test_casts_are_the_weights_that_a_forward_pass_keeps_for_its_backward_pass() -> None:
     config = recipe()
     run = dry_run(config, 1)
-    model = build_model(config, torch.device("cpu"))
+    model = build_run(config, torch.device("cpu")).model
     shapes = {tuple(sorted(parameter.shape)) for parameter in model.parameters() if parameter.dim() > 1}
     kept: dict[int, int] = {}
 
@@ -306,9 +304,9 @@ def test_stages_hold_every_layer_once_and_neighbours_send_hidden_states() -> Non
     assert [stage.cut.copied for stage in run.stages] == [False, False, True]
     assert [stage.cut.in_flight for stage in run.stages] == [3, 2, 1]
     hidden = run.share.sequences * run.share.length * 48 * 2
-    assert [stage.traffic.pipeline for stage in run.stages] == [hidden, 2 * hidden, hidden]
+    assert [stage.communication.pipeline for stage in run.stages] == [hidden, 2 * hidden, hidden]
     embedding = 320 * 48 * 4 / 4  # a rank's rows, summed over the two stages that have them
-    assert [stage.traffic.all_reduce for stage in run.stages] == [embedding, 0, embedding]
+    assert [stage.communication.all_reduce for stage in run.stages] == [embedding, 0, embedding]
 
 
 def test_a_tied_head_is_a_second_embedding_of_the_last_stage() -> None:
@@ -317,7 +315,7 @@ def test_a_tied_head_is_a_second_embedding_of_the_last_stage() -> None:
     run = dry_run(config.model_copy(update={"model": model}), 4)
     assert [stage.cut.copied for stage in run.stages] == [False, True]
     assert run.elements == {"main": count_parameters(model).total, "mtp": 0, "second_embedding": 320 * 48}
-    assert [stage.traffic.all_reduce for stage in run.stages] == [320 * 48 * 4 / 2] * 2
+    assert [stage.communication.all_reduce for stage in run.stages] == [320 * 48 * 4 / 2] * 2
 
 
 def test_a_pipeline_with_more_stages_than_layers_is_refused() -> None:

@@ -10,12 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from abyssal.checkpoint.pieces import leaves
-from abyssal.checkpoint.state import save_state
+from abyssal.checkpoint.state import leaves, save_state
 from abyssal.config import RunConfig, load_recipe
-from abyssal.parallel.mesh import Mesh
 from abyssal.ranks.ranks import Ranks
-from abyssal.train.setup import fit
 from abyssal.train.step import train_step
 from abyssal.train.training_state import TrainingState
 from ranks import run_ranks
@@ -50,9 +47,7 @@ class Run:
         fields = FIELDS | layout | {"train.compute_dtype": dtype}
         self.config: RunConfig = load_recipe("demo", [f"{name}={value}" for name, value in fields.items()])
         assert self.config.optimizer.name == "muon"
-        device, placed = torch.device("cpu"), fit(self.config, ranks)
-        mesh = Mesh.over(placed, device) if ranks.world_size > 1 else None
-        self.ranks, self.state = ranks, TrainingState(self.config, device, ranks, mesh)
+        self.ranks, self.state = ranks, TrainingState(self.config, torch.device("cpu"), ranks)
 
     def train(self, until: int) -> list[float]:
         """Make the steps that are left until then; returns their losses."""

@@ -69,7 +69,7 @@ def chat(
     """
     from abyssal.cli.model_argument import refuse_run_folder
     from abyssal.engine import Conversation, load_model
-    from abyssal.text.chat import ChatTemplate
+    from abyssal.text.chat_template import ChatTemplate
 
     given = given_sampling(
         stop, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed

@@ -50,8 +50,8 @@ def print_dry_run(config: RunConfig, world_size: int | None, *, out: Path | None
     """
     from abyssal.errors import UsageError
 
-    for option, given in ((f"--out {out}", out is not None), ("--resume", resume)):
-        if given:
+    for option, is_set in ((f"--out {out}", out is not None), ("--resume", resume)):
+        if is_set:
             raise UsageError(f"{option}: a dry run reads and writes no run's folder; leave it out")
     if "WORLD_SIZE" in os.environ:
         raise UsageError(
@@ -86,7 +86,7 @@ def facts(run: DryRun) -> dict[str, Any]:
                 "elements": stage.elements,
                 "local_elements": stage.local_elements,
                 "memory": {**asdict(stage.memory), "total": stage.memory.total},
-                "traffic": {**asdict(stage.traffic), "bytes": stage.traffic.bytes},
+                "traffic": {**asdict(stage.communication), "bytes": stage.communication.bytes},
             }
             for stage in run.stages
         ],
@@ -113,7 +113,7 @@ def _print(run: DryRun, *, left_open: bool) -> None:
     _print_parts(console, run)
     _print_stages(console, run)
     _print_memory(console, run)
-    _print_traffic(console, run)
+    _print_communication(console, run)
     console.print()
     console.print(READ, style="dim")
     console.print(PLANNED, style="dim")
@@ -141,11 +141,11 @@ def _print_stages(console: Console, run: DryRun) -> None:
     from abyssal.train.dry_run.parts import ONCE
 
     def row(stage: StageCost) -> tuple[str, ...]:
-        held = [
+        parts = [
             part if part in ONCE else f"{count} {part}{'s' if count > 1 else ''}"
             for part, count in stage.cut.parts.items()
         ]
-        return ", ".join(held), f"{stage.elements:,}", f"{stage.local_elements:,}"
+        return ", ".join(parts), f"{stage.elements:,}", f"{stage.local_elements:,}"
 
     headings = ("stage", "holds", "parameters", "of its first rank")
     _table(console, "each stage", headings, _collapsed(run.stages, row), left=2)
@@ -171,17 +171,17 @@ def _print_memory(console: Console, run: DryRun) -> None:
     )
 
 
-def _print_traffic(console: Console, run: DryRun) -> None:
+def _print_communication(console: Console, run: DryRun) -> None:
     from abyssal.cli.numbers import byte_size, short
-    from abyssal.train.dry_run.cost import Traffic
+    from abyssal.train.dry_run.cost import StepCommunication
 
-    def figures(sent: Traffic) -> tuple[str, ...]:
+    def figures(sent: StepCommunication) -> tuple[str, ...]:
         rows = sent.dispatch.rows, sent.dispatch.internode_rows
         sizes = sent.dispatch.bytes, sent.combine.bytes, sent.all_gather, sent.reduce_scatter
         return *map(short, rows), *map(byte_size, (*sizes, sent.all_reduce, sent.pipeline, sent.bytes))
 
-    rows = _collapsed(run.stages, lambda stage: figures(stage.traffic))
-    rows.append(("all ranks", *figures(run.traffic)))
+    rows = _collapsed(run.stages, lambda stage: figures(stage.communication))
+    rows.append(("all ranks", *figures(run.communication)))
     names = ("all-gather", "reduce-scatter", "all-reduce", "pipeline", "total")
     _table(
         console,
@@ -193,14 +193,14 @@ def _print_traffic(console: Console, run: DryRun) -> None:
 
 def _collapsed(stages: Sequence[StageCost], row: Callable[[StageCost], tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Return a row a stage with its number before it; neighbours with equal rows are one, such as `1-14`."""
-    found: list[tuple[int, int, tuple[str, ...]]] = []
+    spans: list[tuple[int, int, tuple[str, ...]]] = []
     for number, stage in enumerate(stages):
         cells = row(stage)
-        if found and found[-1][2] == cells:
-            found[-1] = (found[-1][0], number, cells)
+        if spans and spans[-1][2] == cells:
+            spans[-1] = (spans[-1][0], number, cells)
         else:
-            found.append((number, number, cells))
-    return [(str(a) if a == b else f"{a}-{b}", *cells) for a, b, cells in found]
+            spans.append((number, number, cells))
+    return [(str(a) if a == b else f"{a}-{b}", *cells) for a, b, cells in spans]
 
 
 def _table(

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from abyssal.config import ModelConfig, RunConfig, Schedule
+    from abyssal.config import ModelConfig, RunConfig, ValueSchedule
 
 #: At this length the report states its figures; a model directory says nothing of the length it was trained at.
 USUAL_LENGTH = 4096
@@ -109,8 +109,8 @@ def weight_facts(folder: Path, model: ModelConfig) -> dict[str, Any] | None:
     """
     from dataclasses import asdict
 
-    from abyssal.checkpoint.inventory import has_weights, take_inventory
-    from abyssal.checkpoint.model_directory import ModelReader
+    from abyssal.checkpoint.hf import ModelReader
+    from abyssal.checkpoint.hf.inventory import has_weights, take_inventory
 
     if not has_weights(folder):
         return None
@@ -218,7 +218,7 @@ def print_run(console: Console, run: RunConfig, facts: dict[str, Any]) -> None:
     _print_rows(console, rows)
 
 
-def describe_schedule(schedule: Schedule) -> str:
+def describe_schedule(schedule: ValueSchedule) -> str:
     """Write a schedule as a sentence: `0, linear to 0.00022 at 28.1B, constant until 10T`."""
     from abyssal.cli.numbers import short
 

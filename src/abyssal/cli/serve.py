@@ -12,7 +12,7 @@ from abyssal.cli.generation_options import Device, DType, Model
 from abyssal.errors import UsageError
 
 if TYPE_CHECKING:
-    from abyssal.text.chat import ChatTemplate
+    from abyssal.text.chat_template import ChatTemplate
 
 Host = Annotated[str, typer.Option(help="Address to listen at; the default is reached from this machine only.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: a free one.")]
@@ -115,7 +115,7 @@ def serve(
 def _template(model: Path) -> ChatTemplate | None:
     """Return the model's chat template, or say that there will be no chat."""
     from abyssal.errors import DataError
-    from abyssal.text.chat import ChatTemplate
+    from abyssal.text.chat_template import ChatTemplate
 
     try:
         return ChatTemplate.load(model)

@@ -3,6 +3,6 @@
 from abyssal.config.model import ModelConfig, RopeScaling
 from abyssal.config.recipe import load_recipe, packaged_recipes
 from abyssal.config.run import RunConfig
-from abyssal.config.schedule import Schedule, Segment
+from abyssal.config.schedule import Segment, ValueSchedule
 
-__all__ = ["ModelConfig", "RopeScaling", "RunConfig", "Schedule", "Segment", "load_recipe", "packaged_recipes"]
+__all__ = ["ModelConfig", "RopeScaling", "RunConfig", "Segment", "ValueSchedule", "load_recipe", "packaged_recipes"]

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from abyssal.config.frozen import Frozen
 from abyssal.config.model import ModelConfig
 from abyssal.config.parallel import ParallelConfig
-from abyssal.config.schedule import Schedule
+from abyssal.config.schedule import ValueSchedule
 from abyssal.errors import nearest
 
 
@@ -130,10 +130,10 @@ class ObjectiveConfig(Frozen):
 class ScheduleConfig(Frozen):
     """What changes with the tokens seen. Paper: §4.2."""
 
-    learning_rate: Schedule
-    batch_size: Schedule = Field(description="sequences a step")
-    bias_update_speed: Schedule = Field(description="gamma of the auxiliary-loss-free balancing")
-    mtp_weight: Schedule = Field(description="lambda of eq. 25")
+    learning_rate: ValueSchedule
+    batch_size: ValueSchedule = Field(description="sequences a step")
+    bias_update_speed: ValueSchedule = Field(description="gamma of the auxiliary-loss-free balancing")
+    mtp_weight: ValueSchedule = Field(description="lambda of eq. 25")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,7 +12,7 @@ from abyssal.config.frozen import Frozen
 
 
 class Segment(Frozen):
-    """One stretch of a schedule, ending at `until` with the value `to`."""
+    """One segment of a schedule, ending at `until` with the value `to`."""
 
     until: PositiveFloat
     shape: Literal["constant", "linear", "cosine"] = "constant"
@@ -25,8 +25,8 @@ class Segment(Frozen):
         return self
 
 
-class Schedule(Frozen):
-    """A piecewise function of the tokens seen.
+class ValueSchedule(Frozen):
+    """A quantity as a piecewise function of the tokens seen, such as the learning rate.
 
     `start` is the value at zero. A linear or cosine segment moves from the value reached so far to its own `to`;
     a constant one holds `to` (or, without it, the value reached). `unit` says whether `until` counts tokens or is a

@@ -1,4 +1,4 @@
-"""What training documents go through on their way to tokens: fill-in-the-middle, merged tokens taken apart.
+"""Augmentation of training documents: fill-in-the-middle, and merged tokens split at random.
 
 Random numbers are a pure function of seed and document, so neither workers nor the other documents change them.
 """
@@ -19,11 +19,11 @@ from abyssal.text.tokenizer import Tokenizer
 LINE_ENDS = "\r\n"
 
 
-class TrainingText:
-    """Turns training documents into token ids, under the rates of the recipe."""
+class TrainingEncoder:
+    """Turns training documents into token ids, augmented at the rates of the recipe."""
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
-        """Fix tokenizer, rates and seed.
+        """Take the tokenizer, the rates and the seed.
 
         Raises:
             DataError: a rate asks for tokens that the tokenizer lacks.
@@ -37,13 +37,13 @@ class TrainingText:
         """Return the ids of a training document, without BOS and EOS.
 
         With probability `data.fim_rate` it becomes begin, prefix, hole, suffix, end, middle, cut at two characters'
-        borders of which all are alike. Of the tokens that are punctuation and line ends in one, each is taken apart
+        borders of which all are alike. Each token of punctuation together with line ends is split in two
         with probability `data.split_merged_rate`. Paper: §4.1.
         """
-        ids = self._rearranged(text, key)
-        return self._taken_apart(ids, key) if self._split_rate else ids
+        ids = self._encode_with_fim(text, key)
+        return self._split_merged(ids, key) if self._split_rate else ids
 
-    def _rearranged(self, text: str, key: str) -> list[int]:
+    def _encode_with_fim(self, text: str, key: str) -> list[int]:
         if self._fim is not None:
             chance, *borders = self._random("fim", key, 3)
             if chance < self._fim_rate:
@@ -51,27 +51,26 @@ class TrainingText:
                 return self._fim.encode(text, first, second)
         return self._tokenizer.encode_document(text)
 
-    def _taken_apart(self, ids: list[int], key: str) -> list[int]:
-        places = [place for place, token in enumerate(ids) if token in self.merged]
-        chances = self._random("split", key, len(places))
-        found, done = list[int](), 0
-        for place, chance in zip(places, chances, strict=True):
-            if chance < self._split_rate:
-                found += [*ids[done:place], *self.merged[ids[place]]]
-                done = place + 1
-        return found + ids[done:]
+    def _split_merged(self, ids: list[int], key: str) -> list[int]:
+        num_merged = sum(token in self.merged_tokens for token in ids)
+        chances = iter(self._random("split", key, num_merged))
+        split_ids = list[int]()
+        for token in ids:
+            parts = self.merged_tokens.get(token)
+            split_ids += parts if parts is not None and next(chances) < self._split_rate else [token]
+        return split_ids
 
     @cached_property
-    def merged(self) -> dict[int, list[int]]:
-        """Every token that is punctuation and line ends in one, and the ids of the two parts."""
-        found = {}
+    def merged_tokens(self) -> dict[int, list[int]]:
+        """Every token of punctuation together with line ends, and the ids of its two parts."""
+        parts = {}
         for token in range(self._tokenizer.vocab_size):
             text = self._tokenizer.decode([token])
             marks = text.rstrip(LINE_ENDS)
             if marks != text and _is_punctuation(marks):
                 encode = self._tokenizer.encode_document
-                found[token] = encode(marks) + encode(text[len(marks) :])
-        return found
+                parts[token] = encode(marks) + encode(text[len(marks) :])
+        return parts
 
     def _random(self, purpose: str, key: str, count: int) -> NDArray[np.float64]:
         """Return numbers in [0, 1)."""

@@ -1,4 +1,4 @@
-"""Documents: where they lie, how one is read, and which of them are never trained on."""
+"""The corpus: where its documents are, how one is read, and which split each belongs to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from abyssal.config.run import DataConfig
-from abyssal.data.unpack import HUGGING_FACE, PACKED, data_set_identity, unpack
+from abyssal.data.unpack import HUGGING_FACE, PACKED_SUFFIXES, data_set_identity, unpack
 from abyssal.errors import DataError
 
 #: The corpus that every machine has: the source of Python's own standard library.
@@ -28,7 +28,7 @@ class UndecodableError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class DocumentRef:
-    """Where one document lies.
+    """Where one document is stored.
 
     `key` is the path relative to its corpus, with `/` between folders, and `:line` behind it for a line of a .jsonl
     file or a row. It alone fixes the document's split and, with the seed, its place in the order.
@@ -54,9 +54,9 @@ class CorpusFile:
     identity: str  # changes when its content does
 
     @property
-    def packed(self) -> bool:
-        """Whether documents cannot be read out of it before it is unpacked."""
-        return self.name.startswith(HUGGING_FACE) or self.name.endswith(PACKED)
+    def needs_unpacking(self) -> bool:
+        """Whether it must be unpacked before its documents can be read."""
+        return self.name.startswith(HUGGING_FACE) or self.name.endswith(PACKED_SUFFIXES)
 
 
 def find_files(config: DataConfig) -> list[CorpusFile]:
@@ -67,24 +67,24 @@ def find_files(config: DataConfig) -> list[CorpusFile]:
     """
     if not config.entries:
         raise DataError(f"data.corpus=[]: must name folders, text files or .jsonl files, or {STDLIB!r}")
-    found: list[CorpusFile] = []
+    files: list[CorpusFile] = []
     for source, entry in config.entries:
         if entry.startswith(HUGGING_FACE):
             key = entry.removeprefix(HUGGING_FACE)
-            found.append(CorpusFile(source, entry, key, entry, data_set_identity(entry)))
+            files.append(CorpusFile(source, entry, key, entry, data_set_identity(entry)))
         else:
             for key, path in sorted(_files(source, entry, config)):
-                found.append(CorpusFile(source, entry, key, str(path), _identity(path)))
-    return found
+                files.append(CorpusFile(source, entry, key, str(path), _identity(path)))
+    return files
 
 
 def find_documents(config: DataConfig, files: Sequence[CorpusFile], unpacked: Path) -> Iterator[DocumentRef]:
-    """Yield the documents in these files in their order, lines and rows as they stand.
+    """Yield the documents of these files, in the order of files, lines and rows.
 
     Args:
-        config: the recipe's.
+        config: of the recipe.
         files: as `find_files` lists them.
-        unpacked: a folder for what has to be unpacked.
+        unpacked: the folder to unpack files into.
 
     Raises:
         DataError: a file cannot be read or unpacked, or a corpus has no documents.
@@ -97,19 +97,20 @@ def find_documents(config: DataConfig, files: Sequence[CorpusFile], unpacked: Pa
     for source, entry in config.entries:
         if not counts[source, entry]:
             raise DataError(
-                f"{_field_of(source)}={entry!r}: no documents there; read are files named {', '.join(config.suffixes)} "
-                f"(data.suffixes) outside of folders named {', '.join(config.exclude) or '-'} (data.exclude)"
+                f"{_recipe_field(source)}={entry!r}: no documents there; read are files named "
+                f"{', '.join(config.suffixes)} (data.suffixes) outside of folders named "
+                f"{', '.join(config.exclude) or '-'} (data.exclude)"
             )
 
 
-def _field_of(source: str) -> str:
-    """Return the field of the recipe that an entry stands in, as sentences name it."""
+def _recipe_field(source: str) -> str:
+    """Return the name of the recipe's field that has the entries of a source."""
     return f"data.sources.{source}.paths" if source else "data.corpus"
 
 
 def _documents(file: CorpusFile, config: DataConfig, unpacked: Path) -> Iterator[DocumentRef]:
     """Yield the documents of one file."""
-    if file.packed:
+    if file.needs_unpacking:
         yield from _lines(file, unpack(file.name, file.identity, config.text_field, unpacked), file.name)
     elif file.name.endswith(".jsonl"):
         yield from _lines(file, Path(file.name))
@@ -139,7 +140,7 @@ def read_document(ref: DocumentRef, text_field: str = "text") -> str:
     try:
         text = content.decode()
         if ref.line:
-            text = _field(text.removeprefix("\ufeff"), text_field, where)  # some editors put that mark first
+            text = _text_of_line(text.removeprefix("\ufeff"), text_field, where)  # some editors write that mark first
             text.encode()  # JSON can spell half of a surrogate pair, which is no text
     except UnicodeError as error:
         raise UndecodableError(
@@ -168,8 +169,8 @@ def _files(source: str, entry: str, config: DataConfig) -> Iterator[tuple[str, P
         yield root.name, root
         return
     if not root.is_dir():
-        raise DataError(f"{_field_of(source)}={entry!r}: no such file or folder; must be either, or {STDLIB!r}")
-    # without onerror, a folder that may not be read would be left out without a word
+        raise DataError(f"{_recipe_field(source)}={entry!r}: no such file or folder; must be either, or {STDLIB!r}")
+    # without onerror, a folder that may not be read would be left out silently
     for folder, subfolders, names in os.walk(root, onerror=_unreadable):
         subfolders[:] = [name for name in subfolders if name not in config.exclude]
         for name in names:
@@ -191,7 +192,7 @@ def _lines(file: CorpusFile, path: Path, origin: str = "") -> Iterator[DocumentR
         _unreadable(error, path)
 
 
-def _field(line: str, field: str, where: str) -> str:
+def _text_of_line(line: str, field: str, where: str) -> str:
     """Return the text in one .jsonl line."""
     try:
         record = json.loads(line)

@@ -1,4 +1,4 @@
-"""Which documents are left out because another has the same text, or nearly so."""
+"""Deduplication: which documents are left out because another has the same text, or nearly the same."""
 
 from __future__ import annotations
 
@@ -7,97 +7,97 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from abyssal.config.run import DataConfig
-from abyssal.data.optional import optional
+from abyssal.data.optional import import_optional
 
-#: Documents are compared by their runs of so many words.
+#: Documents are compared by their runs of this many words.
 SHINGLE_WORDS = 5
-#: Numbers of a signature.
+#: Hashes of a MinHash signature.
 PERMUTATIONS = 128
-#: Of the pairs of documents exactly at the threshold, at least this share is found and compared.
+#: Of the pairs of documents exactly at the threshold, at least this fraction is compared.
 RECALL = 0.99
 SEED = 1
 
 
 def bands_for(threshold: float) -> int:
-    """Return into how many bands a signature is cut: as few as find enough, for fewer find less that is not alike."""
+    """Return the fewest LSH bands of a signature with enough recall; more bands would compare more unlike pairs."""
     for bands in (4, 8, 16, 32, 64):
         if 1 - (1 - threshold ** (PERMUTATIONS // bands)) ** bands >= RECALL:
             return bands
     return PERMUTATIONS
 
 
-class NearDuplicates:
-    """Remembers documents by MinHash, and finds one that is like them.
+class NearDuplicateIndex:
+    """An index of documents by MinHash, which tells whether it holds one similar to a given one.
 
-    Likeness is the Jaccard index of the sets of runs of five words, as 128 hashes estimate it.
+    Similarity is the Jaccard index of the sets of runs of five words, estimated by 128 hashes.
     """
 
     def __init__(self, threshold: float) -> None:
-        """Remember nothing yet; documents are near from this likeness on.
+        """Start empty; documents at least this similar are near duplicates.
 
         Raises:
             DataError: the library is missing.
         """
-        self._rensa = optional("rensa", "duplicates", 'data.duplicates="near"')
+        self._rensa = import_optional("rensa", "duplicates", 'data.duplicates="near"')
         self._threshold = threshold
         bands = bands_for(threshold)
         self._candidates = self._rensa.RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=bands)
         self._signatures: list[Any] = []
 
     def signature(self, text: str) -> Any:
-        """Return what documents are compared by."""
+        """Return the MinHash signature of a document."""
         words = re.findall(r"\w+|[^\w\s]", text)
-        found = self._rensa.RMinHash(num_perm=PERMUTATIONS, seed=SEED)
+        signature = self._rensa.RMinHash(num_perm=PERMUTATIONS, seed=SEED)
         starts = range(max(len(words) - SHINGLE_WORDS, 0) + 1)
-        found.update([" ".join(words[start : start + SHINGLE_WORDS]) for start in starts])
-        return found
+        signature.update([" ".join(words[start : start + SHINGLE_WORDS]) for start in starts])
+        return signature
 
-    def known(self, signature: Any) -> bool:
-        """Whether a document like this was remembered."""
+    def contains(self, signature: Any) -> bool:
+        """Whether a similar document was added."""
         candidates = self._candidates.query(signature)
         return any(self._signatures[place].jaccard(signature) >= self._threshold for place in candidates)
 
-    def remember(self, signature: Any) -> None:
-        """Find documents like this one from now on."""
+    def add(self, signature: Any) -> None:
+        """Add a document."""
         self._candidates.insert(len(self._signatures), signature)
         self._signatures.append(signature)
 
 
-Reason = Literal["duplicate", "near_duplicate"]
+DropReason = Literal["duplicate", "near_duplicate"]
 
 
-class Duplicates:
-    """Decides document after document, those that are only tested on first; an earlier one is never left out."""
+class DuplicateFilter:
+    """Decides which training documents to drop, in order; documents to test on are added first and never dropped."""
 
     def __init__(self, config: DataConfig, digest: Callable[[str], bytes]) -> None:
-        """Know nothing yet.
+        """Start empty.
 
         Args:
             config: with the rule, `exact` or `near`.
-            digest: what two documents share only if they are equal.
+            digest: of a document's text.
 
         Raises:
             DataError: the rule needs a library that is missing.
         """
         self._digest = digest
-        self._known = set[bytes]()
-        self._near = NearDuplicates(config.near_threshold) if config.duplicates == "near" else None
+        self._digests = set[bytes]()
+        self._near = NearDuplicateIndex(config.near_threshold) if config.duplicates == "near" else None
 
-    def protect(self, text: str) -> None:
-        """Remember a document that is only tested on."""
-        self._known.add(self._digest(text))
+    def add_test_document(self, text: str) -> None:
+        """Add a document of validation or held-out, which training documents must not repeat."""
+        self._digests.add(self._digest(text))
         if self._near is not None:
-            self._near.remember(self._near.signature(text))
+            self._near.add(self._near.signature(text))
 
-    def reason(self, text: str) -> Reason | None:
-        """Return why a training document is left out, and remember it if it is not."""
+    def drop_reason(self, text: str) -> DropReason | None:
+        """Return why a training document is dropped; add it if it is kept."""
         digest = self._digest(text)
-        if digest in self._known:
+        if digest in self._digests:
             return "duplicate"
         if self._near is not None:
             signature = self._near.signature(text)
-            if self._near.known(signature):
+            if self._near.contains(signature):
                 return "near_duplicate"
-            self._near.remember(signature)
-        self._known.add(digest)
+            self._near.add(signature)
+        self._digests.add(digest)
         return None

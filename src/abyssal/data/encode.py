@@ -1,4 +1,4 @@
-"""Documents to shards, by several processes; the bytes written do not depend on how many."""
+"""Encodes documents into shards with several processes; the bytes written do not depend on how many."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from abyssal.config.run import DataConfig
-from abyssal.data.augment import TrainingText
+from abyssal.data.augment import TrainingEncoder
 from abyssal.data.corpus import DocumentRef, SplitName, UndecodableError, read_document
-from abyssal.data.manifest import Shard, ShardRecord
-from abyssal.data.quality import fault_of
-from abyssal.data.shards import is_whole, token_dtype, write_shard
-from abyssal.data.whole_file import whole_file
+from abyssal.data.manifest import ShardRecord, TokenShard
+from abyssal.data.quality import broken_rule
+from abyssal.data.shards import is_intact, token_dtype, write_shard
 from abyssal.errors import DataError
+from abyssal.files.atomic import write_text
+from abyssal.files.faults import os_faults
 from abyssal.text.tokenizer import Tokenizer
 
 
@@ -40,29 +41,29 @@ class ShardPlan:
         return sum(ref.size for ref in self.documents)
 
     def digest(self) -> str:
-        """Return what changes when other documents are to become this shard."""
+        """Return a digest of which documents become this shard."""
         lines = (f"{self.split}\0{ref.source}\0{ref.key}\0{ref.size}\n" for ref in self.documents)
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """What became of a plan."""
+    """A shard that was written, and how many of its documents were dropped."""
 
     plan: ShardPlan
-    shard: Shard
-    dropped: Counter[str]  # by the field names of `Dropped`
+    shard: TokenShard
+    dropped: Counter[str]  # by the field names of `DroppedCounts`
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentReader:
-    """Reads documents under the recipe's rules; says why one is left out."""
+    """Reads documents under the recipe's rules; says why one is dropped."""
 
     config: DataConfig
     protected: frozenset[bytes] = frozenset()  # digests of the validation and held-out documents
 
     def read(self, ref: DocumentRef, split: SplitName) -> tuple[str, str | None]:
-        """Return the text and None, or an empty text and why the document is left out.
+        """Return the text and None, or an empty text and why the document is dropped.
 
         Raises:
             DataError: it cannot be read, or is not UTF-8 and the recipe does not say to skip such documents.
@@ -76,19 +77,19 @@ class DocumentReader:
         if not text:
             return "", "empty"
         if split == "train":
-            reason = "duplicate" if digest(text) in self.protected else fault_of(text, self.config)
+            reason = "duplicate" if text_digest(text) in self.protected else broken_rule(text, self.config)
             return ("", reason) if reason else (text, None)
         return text, None
 
 
-def digest(text: str) -> bytes:
-    """Return what two documents share only if they are equal."""
+def text_digest(text: str) -> bytes:
+    """Return the SHA-256 of a document's text."""
     return hashlib.sha256(text.encode()).digest()
 
 
 @dataclass(frozen=True)
 class ShardEncoder:
-    """Everything that a process needs to turn plans into shards."""
+    """Encodes the documents of a plan into a shard, in any process."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -96,28 +97,28 @@ class ShardEncoder:
     seed: int = 0  # of what is random in training documents
 
     def write(self, plan: ShardPlan) -> WrittenShard:
-        """Write one shard, or find it finished: every document as BOS, text, EOS, rearranged if it is for training.
+        """Write one shard unless it is finished: each document as BOS, text, EOS, augmented if it is for training.
 
         Raises:
             DataError: a document cannot be read, or the shard not be written.
         """
-        record = self.folder / f"{plan.name}.json"
+        path = self.folder / f"{plan.name}.json"
         try:
-            found = ShardRecord.model_validate_json(record.read_bytes())
+            record = ShardRecord.model_validate_json(path.read_bytes())
         except (OSError, ValidationError):  # not there: it is written last, whole or not at all
-            found = None
-        if found is None or found.documents != plan.digest() or not is_whole(self.folder, found.shard):
+            record = None
+        if record is None or record.documents != plan.digest() or not is_intact(self.folder, record.shard):
             shard, dropped = self._encode(plan)
-            found = ShardRecord(documents=plan.digest(), shard=shard, dropped=dropped)
-            with whole_file(record) as file:
-                file.write(found.model_dump_json().encode())
-        return WrittenShard(plan, found.shard, Counter(found.dropped))
+            record = ShardRecord(documents=plan.digest(), shard=shard, dropped=dropped)
+            with os_faults(DataError, path, "write it"):
+                write_text(path, record.model_dump_json())
+        return WrittenShard(plan, record.shard, Counter(record.dropped))
 
-    def _encode(self, plan: ShardPlan) -> tuple[Shard, Counter[str]]:
-        """Write the files of one shard; return it, and how many documents were left out."""
+    def _encode(self, plan: ShardPlan) -> tuple[TokenShard, Counter[str]]:
+        """Write the files of one shard; return it, and how many documents were dropped."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-        training_text = TrainingText(self.tokenizer, self.reader.config, self.seed)
+        encoder = TrainingEncoder(self.tokenizer, self.reader.config, self.seed)
         documents, num_bytes, dropped = [], [], Counter[str]()
         for ref in plan.documents:
             text, reason = self.reader.read(ref, plan.split)
@@ -125,14 +126,14 @@ class ShardEncoder:
                 dropped[reason] += 1
                 continue
             training = plan.split == "train"
-            ids = training_text.encode(text, ref.key) if training else self.tokenizer.encode_document(text)
+            ids = encoder.encode(text, ref.key) if training else self.tokenizer.encode_document(text)
             documents.append(np.array([bos, *ids, eos], dtype))
             num_bytes.append(len(text.encode()))
         return write_shard(self.folder / plan.name, documents, num_bytes, dtype), dropped
 
 
 def write_shards(encoder: ShardEncoder, plans: Sequence[ShardPlan], workers: int) -> Iterator[WrittenShard]:
-    """Write the shards with `workers` processes, and yield each in the order of `plans` when it is there.
+    """Write the shards with `workers` processes, and yield each in the order of `plans` once it is written.
 
     Raises:
         DataError: a document cannot be read, a shard not be written, or a process was killed.
@@ -142,7 +143,7 @@ def write_shards(encoder: ShardEncoder, plans: Sequence[ShardPlan], workers: int
         return
     pool = ProcessPoolExecutor(
         min(workers, len(plans)),
-        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy the tokenizer's threads in mid-air
+        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy the tokenizer's threads in any state
         initializer=_start_worker,
         initargs=(encoder,),
     )

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a data folder holds and from what it was made. It is written last: without it, unfinished."""
+"""`manifest.json`: what a data folder holds and was made from; written last, so an unfinished folder has none."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from pydantic import NonNegativeInt, ValidationError
 
 from abyssal.config.frozen import Frozen
 from abyssal.data.corpus import SplitName
-from abyssal.data.whole_file import sync_folder, whole_file
 from abyssal.errors import DataError
+from abyssal.files.atomic import write_text
+from abyssal.files.faults import os_faults
 
-NAME = "manifest.json"
+MANIFEST_NAME = "manifest.json"
 
 
 class ShardFile(Frozen):
-    """One file, and how to tell that it is still what was written."""
+    """One file, with its size and checksum."""
 
     name: str
     size: NonNegativeInt  # bytes
     sha256: str
 
 
-class Shard(Frozen):
-    """A run of documents in three files."""
+class TokenShard(Frozen):
+    """One shard of a split: consecutive documents in three files."""
 
     documents: NonNegativeInt
     tokens: NonNegativeInt  # BOS and EOS included
@@ -41,11 +42,11 @@ class Shard(Frozen):
 
 
 class ShardRecord(Frozen):
-    """A finished shard of a folder that is not: `{split}-{n:05d}.json`, there until the manifest is."""
+    """A finished shard of an unfinished folder: `{split}-{n:05d}.json`, removed once the manifest is written."""
 
-    documents: str  # a digest of those that it was made from
-    shard: Shard
-    dropped: dict[str, NonNegativeInt]  # by the field names of `Dropped`
+    documents: str  # the digest of its `ShardPlan`
+    shard: TokenShard
+    dropped: dict[str, NonNegativeInt]  # by the field names of `DroppedCounts`
 
 
 class Split(Frozen):
@@ -54,10 +55,10 @@ class Split(Frozen):
     documents: NonNegativeInt
     tokens: NonNegativeInt
     bytes: NonNegativeInt
-    shards: tuple[Shard, ...]
+    shards: tuple[TokenShard, ...]
 
     @classmethod
-    def of(cls, shards: Iterable[Shard]) -> Self:
+    def of(cls, shards: Iterable[TokenShard]) -> Self:
         """Add up `shards`."""
         shards = tuple(shards)
         return cls(
@@ -68,8 +69,8 @@ class Split(Frozen):
         )
 
 
-class Source(Frozen):
-    """A named part of the training split: its next `shards` shards, and their sums."""
+class SourceSummary(Frozen):
+    """One source of the training split: its next `shards` shards, and their sums."""
 
     name: str
     shards: NonNegativeInt
@@ -78,8 +79,8 @@ class Source(Frozen):
     bytes: NonNegativeInt
 
 
-class Dropped(Frozen):
-    """How many documents were left out, and why."""
+class DroppedCounts(Frozen):
+    """How many documents were dropped, by reason."""
 
     empty: NonNegativeInt = 0
     undecodable: NonNegativeInt = 0
@@ -90,20 +91,20 @@ class Dropped(Frozen):
     repetitive: NonNegativeInt = 0
 
     def sentence(self) -> str:
-        """Return what was left out, for people."""
+        """Return the counts in words."""
         return ", ".join(f"{number:,} {why.replace('_', ' ')}" for why, number in self if number) or "nothing"
 
 
-class Manifest(Frozen):
-    """A data folder."""
+class DatasetManifest(Frozen):
+    """The contents of `manifest.json`."""
 
     version: Literal[1] = 1
     tokenizer: str  # its fingerprint
     dtype: Literal["uint16", "uint32"]  # of the tokens
-    dropped: Dropped
+    dropped: DroppedCounts
     splits: dict[SplitName, Split]
-    sources: tuple[Source, ...] = ()  # in the order of their shards; none: the training split is one
-    inputs: dict[str, Any]  # everything the bytes of the shards depend on
+    sources: tuple[SourceSummary, ...] = ()  # in the order of their shards; none: the training split is one
+    inputs: dict[str, Any]  # everything that the bytes of the shards depend on
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -112,7 +113,7 @@ class Manifest(Frozen):
         Raises:
             DataError: there is none, or it is damaged.
         """
-        path = folder / NAME
+        path = folder / MANIFEST_NAME
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -122,20 +123,19 @@ class Manifest(Frozen):
         except ValidationError as error:
             fault = error.errors()[0]
             field = ".".join(map(str, fault["loc"]))
-            raise DataError(f"{path}: damaged ({field or 'JSON'}: {fault['msg']}); {again(folder)}") from None
+            raise DataError(f"{path}: damaged ({field or 'JSON'}: {fault['msg']}); {repair_hint(folder)}") from None
 
     def write(self, folder: Path) -> None:
-        """Write the manifest, after which the folder counts as whole.
+        """Write the manifest, after which the folder counts as finished.
 
         Raises:
             DataError: the disk is full, or the file cannot be written.
         """
-        sync_folder(folder)  # the shards first
-        with whole_file(folder / NAME) as file:
-            file.write(self.model_dump_json(indent=1).encode())
-        sync_folder(folder)
+        path = folder / MANIFEST_NAME
+        with os_faults(DataError, path, "write it"):
+            write_text(path, self.model_dump_json(indent=1))
 
 
-def again(folder: Path) -> str:
+def repair_hint(folder: Path) -> str:
     """Return what to do about a damaged data folder."""
     return f"delete {folder} and prepare the data again"

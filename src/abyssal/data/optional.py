@@ -1,4 +1,4 @@
-"""Packages that only some corpora need: imported when they are, and named in a sentence when they are missing."""
+"""Optional packages, which only some corpora need: imported on use, with a sentence where one is missing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from abyssal.errors import DataError
 
 
-def optional(module: str, extra: str, what: str) -> Any:
-    """Return the module of an optional package.
+def import_optional(module: str, extra: str, what: str) -> Any:
+    """Import and return the module of an optional package.
 
     Args:
         module: its name.

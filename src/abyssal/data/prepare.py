@@ -1,4 +1,4 @@
-"""From a recipe's corpus to a data folder: find, split, tokenize, write."""
+"""Prepares the corpus of a recipe: find documents, split, tokenize, and write a data folder."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from abyssal.config.run import DataConfig, TokenizerConfig
 from abyssal.data import manifest as manifests
 from abyssal.data.corpus import CorpusFile, DocumentRef, SplitName, find_documents, find_files, split_of
-from abyssal.data.duplicates import Duplicates
-from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, WrittenShard, digest, write_shards
-from abyssal.data.manifest import Dropped, Manifest, Source, Split
+from abyssal.data.duplicates import DuplicateFilter
+from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, WrittenShard, text_digest, write_shards
+from abyssal.data.manifest import DatasetManifest, DroppedCounts, SourceSummary, Split
 from abyssal.data.shards import Shards, token_dtype
-from abyssal.data.whole_file import PARTIAL, whole_file
 from abyssal.errors import DataError
-from abyssal.text.chat_template import write_tokenizer_config
+from abyssal.files.atomic import remove_stale, write_text
+from abyssal.files.faults import os_faults
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 
-#: A shard holds 1/64 of the corpus, so that many processes share the work evenly, but neither less nor more than this.
+#: A shard holds 1/64 of the corpus, so that many processes share the work evenly, within these bounds.
 SHARDS_PER_CORPUS = 64
 SHARD_BYTES = (1 << 20, 1 << 28)
-#: What shards without a manifest are made from; written once their tokenizer is there.
+#: Holds the inputs of an unfinished preparation; written once its tokenizer is.
 UNFINISHED = "unfinished.json"
-RECORD = re.compile(r"(train|validation|heldout)-\d+\.json")
+SHARD_RECORD = re.compile(r"(train|validation|heldout)-\d+\.json")
 #: Fields of the recipe's data section that change no byte of a shard.
 NOT_IN_SHARDS: Any = {"folder": True, "mask_documents": True, "weights": True, "sources": {"__all__": {"weight"}}}
-#: The folder in a data folder for what had to be unpacked; it is there only until the data is prepared.
+#: The folder, inside the data folder, for unpacked files; removed once the data is prepared.
 UNPACKED = "unpacked"
 
 Documents = dict[SplitName, list[DocumentRef]]
@@ -49,8 +50,8 @@ def prepare(
     seed: int,
     workers: int = 1,
     progress: bool = False,
-) -> Manifest:
-    """Make the data folder `out`: `tokenizer.json` and the shards of every split; the manifest last.
+) -> DatasetManifest:
+    """Make the data folder `out`: `tokenizer.json`, the shards of every split, and last the manifest.
 
     The bytes of the shards are a function of the corpus, the recipe and `seed`, not of `workers`. A folder that was
     prepared from the same inputs is checked and used as it is.
@@ -75,34 +76,42 @@ def prepare(
         "tokenizer": tokenizer.model_dump(mode="json") | {"fingerprint": loaded and loaded.fingerprint},
         "vocab_size": vocab_size,
         "seed": seed,
-        "corpus": _listing(files),
+        "corpus": _corpus_digest(files),
     }
-    with _bars(progress) as bars:
-        if (out / manifests.NAME).exists():
-            return _reuse(out, inputs, bars)
-        loaded = _finished_tokenizer(out, inputs) or loaded
+    with _progress_bars(progress) as bars:
+        if (out / manifests.MANIFEST_NAME).exists():
+            return _reuse_prepared(out, inputs, bars)
+        loaded = _resumed_tokenizer(out, inputs) or loaded
         references = list(find_documents(config, files, out / UNPACKED))
-        documents = _in_order(references, config.split_modulus, seed)
-        reader = _protect(documents, DocumentReader(config), bars)
-        copies = _leave_out_copies(documents, reader, bars)
+        documents = _split_in_order(references, config.split_modulus, seed)
+        reader = _protect_test_documents(documents, DocumentReader(config), bars)
+        dropped = _drop_duplicates(documents, reader, bars)
         if loaded is None:
             loaded = _train_tokenizer(documents["train"], reader, tokenizer.train_bytes, vocab_size, bars)
-        _begin(out, loaded, inputs)
-        written = _write(ShardEncoder(out, loaded, reader, seed), documents, workers, bars)
-    manifest = Manifest(
+        _write_tokenizer(out, loaded, inputs)
+        written = _write_shards(ShardEncoder(out, loaded, reader, seed), documents, workers, bars)
+    manifest = DatasetManifest(
         tokenizer=loaded.fingerprint,
         dtype=token_dtype(loaded.vocab_size),
-        dropped=Dropped(**sum((result.dropped for result in written), copies)),
+        dropped=DroppedCounts(**sum((result.dropped for result in written), dropped)),
         splits={
             split: Split.of(result.shard for result in written if result.plan.split == split) for split in documents
         },
-        sources=_sources(config, written),
+        sources=_summarise_sources(config, written),
         inputs=inputs,
     )
+    _check_training_split(manifest, config, len(references))
+    manifest.write(out)
+    _remove_temporary_files(out)
+    return manifest
+
+
+def _check_training_split(manifest: DatasetManifest, config: DataConfig, num_documents: int) -> None:
+    """Raise DataError where no document, or none of a source, is left for training."""
     if manifest.splits["train"].documents == 0:
         entries = [entry for _, entry in config.entries]
         raise DataError(
-            f"data.corpus={entries}: none of its {len(references)} documents is left for "
+            f"data.corpus={entries}: none of its {num_documents} documents is left for "
             f"training; left out: {manifest.dropped.sentence()}; give more, or raise data.split_modulus"
         )
     for source in manifest.sources:
@@ -111,54 +120,51 @@ def prepare(
                 f"data.sources.{source.name}: none of its documents is left for training, so that its weight cannot be "
                 "kept; give it more, or leave it out"
             )
-    manifest.write(out)
-    _tidy(out)
-    return manifest
 
 
-def _finished_tokenizer(out: Path, inputs: dict[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer of an interrupted preparation from the same inputs, whose shards then stay.
+def _resumed_tokenizer(out: Path, inputs: dict[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer of an interrupted preparation with the same inputs, whose shards then stay.
 
-    What was left by one from other inputs is taken away, but for what it unpacked.
+    The files of one with other inputs are removed, except those that it unpacked.
     """
     try:
         if json.loads((out / UNFINISHED).read_bytes()) == json.loads(json.dumps(inputs)):
             return Tokenizer.load(out)
-    except (OSError, ValueError, DataError):  # there is none, or it was not begun
+    except (OSError, ValueError, DataError):  # there is none, or it had not come so far
         pass
-    _make_empty(out)
+    _clear_folder(out)
     return None
 
 
-def _begin(out: Path, tokenizer: Tokenizer, inputs: dict[str, Any]) -> None:
-    """Write the tokenizer, and after it what it and the shards are made from."""
-    with whole_file(out / "tokenizer.json") as file:
-        file.write(tokenizer.to_json().encode())
+def _write_tokenizer(out: Path, tokenizer: Tokenizer, inputs: dict[str, Any]) -> None:
+    """Write the tokenizer, and then the inputs that mark its preparation as resumable."""
+    with os_faults(DataError, path := out / "tokenizer.json", "write it"):
+        write_text(path, tokenizer.to_json())
     write_tokenizer_config(out, tokenizer)
-    with whole_file(out / UNFINISHED) as file:
-        file.write(json.dumps(inputs).encode())
+    with os_faults(DataError, path := out / UNFINISHED, "write it"):
+        write_text(path, json.dumps(inputs))
 
 
-def _tidy(out: Path) -> None:
-    """Take away what only an interrupted preparation needs."""
+def _remove_temporary_files(out: Path) -> None:
+    """Remove the files that only an interrupted preparation needs."""
     shutil.rmtree(out / UNPACKED, ignore_errors=True)
     for path in out.iterdir():
-        if path.name == UNFINISHED or RECORD.fullmatch(path.name):
+        if path.name == UNFINISHED or SHARD_RECORD.fullmatch(path.name):
             path.unlink()
 
 
-def _sources(config: DataConfig, written: list[WrittenShard]) -> tuple[Source, ...]:
-    """Return the training shards' sums by source, where sources have names."""
-    found = []
+def _summarise_sources(config: DataConfig, written: list[WrittenShard]) -> tuple[SourceSummary, ...]:
+    """Return the sums of the training shards by source, where sources have names."""
+    summaries = []
     for name in config.mixture:
         split = Split.of(r.shard for r in written if r.plan.split == "train" and r.plan.documents[0].source == name)
         sums = {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes}
-        found.append(Source(name=name, shards=len(split.shards), **sums))
-    return tuple(found)
+        summaries.append(SourceSummary(name=name, shards=len(split.shards), **sums))
+    return tuple(summaries)
 
 
 def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """Load a tokenizer, all of whose ids the model must have."""
+    """Load a tokenizer, and check that the model has all its ids."""
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
@@ -168,29 +174,29 @@ def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _listing(files: list[CorpusFile]) -> str:
+def _corpus_digest(files: list[CorpusFile]) -> str:
     """Return a digest that changes when a file is added, removed, renamed or edited."""
-    lines = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
-        lines.update(f"{file.key}\0{file.identity}\n".encode(errors="surrogateescape"))
-    return lines.hexdigest()
+        digest.update(f"{file.key}\0{file.identity}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
-def _reuse(out: Path, inputs: dict[str, Any], bars: Progress) -> Manifest:
-    """Return the manifest of a folder that was prepared from the same inputs and is still whole."""
-    manifest = Manifest.read(out)
-    before, now = _flat(manifest.inputs), _flat(inputs)
+def _reuse_prepared(out: Path, inputs: dict[str, Any], bars: Progress) -> DatasetManifest:
+    """Return the manifest of a folder prepared from the same inputs, once its checksums are verified."""
+    manifest = DatasetManifest.read(out)
+    before, now = _flatten(manifest.inputs), _flatten(inputs)
     for field in sorted(before.keys() | now.keys()):
         if before.get(field) != now.get(field):
-            what = (
+            difference = (
                 "from other documents: files were added, removed or edited since"
                 if field == "corpus"
                 else f"with {field}={before.get(field)!r}, not {now.get(field)!r}"
             )
-            raise DataError(f"{out}: was prepared {what}; choose another folder or delete this one")
+            raise DataError(f"{out}: was prepared {difference}; choose another folder or delete this one")
     if Tokenizer.load(out).fingerprint != manifest.tokenizer:
-        raise DataError(f"{out / 'tokenizer.json'}: not the tokenizer of these shards; {manifests.again(out)}")
-    _tidy(out)
+        raise DataError(f"{out / 'tokenizer.json'}: not the tokenizer of these shards; {manifests.repair_hint(out)}")
+    _remove_temporary_files(out)
     sizes = {split: sum(f.size for shard in s.shards for f in shard.files) for split, s in manifest.splits.items()}
     task = bars.add_task("Checking", total=sum(sizes.values()))
     for split, size in sizes.items():
@@ -199,64 +205,62 @@ def _reuse(out: Path, inputs: dict[str, Any], bars: Progress) -> Manifest:
     return manifest
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested tables by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
-def _make_empty(out: Path) -> None:
-    """Make the folder, or take what an interrupted preparation left in it away."""
-    shard = rf"(train|validation|heldout)-\d+\.(\w+\.npy|json)({PARTIAL})?"
-    ours = re.compile(rf"{shard}|{UNFINISHED}({PARTIAL})?|{manifests.NAME}{PARTIAL}")
-    try:
+def _clear_folder(out: Path) -> None:
+    """Make the folder, or remove what an interrupted preparation left in it."""
+    pattern = re.compile(rf"(train|validation|heldout)-\d+\.(\w+\.npy|json)|{UNFINISHED}")
+    with os_faults(DataError, out, "prepare the data here"):
         out.mkdir(parents=True, exist_ok=True)
+        remove_stale(out)
         for path in out.iterdir():
-            if ours.fullmatch(path.name):
+            if pattern.fullmatch(path.name):
                 path.unlink()
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
 
 
-def _in_order(references: list[DocumentRef], modulus: int, seed: int) -> Documents:
+def _split_in_order(references: list[DocumentRef], modulus: int, seed: int) -> Documents:
     """Return the documents of each split in the order of sha256(seed, key)."""
 
-    def place(ref: DocumentRef) -> bytes:
+    def order_key(ref: DocumentRef) -> bytes:
         return hashlib.sha256(f"{seed}:{ref.key}".encode(errors="surrogateescape")).digest()
 
     documents: Documents = {"train": [], "validation": [], "heldout": []}
-    for ref in sorted(references, key=place):
+    for ref in sorted(references, key=order_key):
         documents[split_of(ref.key, modulus)].append(ref)
     return documents
 
 
-def _protect(documents: Documents, reader: DocumentReader, bars: Progress) -> DocumentReader:
-    """Return a reader that leaves out training documents equal to one that is only to be tested on."""
+def _protect_test_documents(documents: Documents, reader: DocumentReader, bars: Progress) -> DocumentReader:
+    """Return a reader that drops training documents equal to one of validation or held-out."""
     protected: set[bytes] = set()
-    tested = documents["validation"] + documents["heldout"]
-    task = bars.add_task("Held-out documents", total=sum(ref.size for ref in tested))
-    for ref in tested:
-        protected.add(digest(reader.read(ref, "heldout")[0]))
+    test_documents = documents["validation"] + documents["heldout"]
+    task = bars.add_task("Held-out documents", total=sum(ref.size for ref in test_documents))
+    for ref in test_documents:
+        protected.add(text_digest(reader.read(ref, "heldout")[0]))
         bars.advance(task, ref.size)
     return DocumentReader(reader.config, frozenset(protected))
 
 
-def _leave_out_copies(documents: Documents, reader: DocumentReader, bars: Progress) -> Counter[str]:
-    """Take the copies that the recipe does not want out of the training documents; return how many of which kind."""
+def _drop_duplicates(documents: Documents, reader: DocumentReader, bars: Progress) -> Counter[str]:
+    """Remove duplicates from the training documents, by the recipe's rule; return how many of each kind."""
     config, counts = reader.config, Counter[str]()
     if config.duplicates == "keep":
         return counts
-    tested, found = documents["validation"] + documents["heldout"], Duplicates(config, digest)
+    duplicates = DuplicateFilter(config, text_digest)
     task = bars.add_task("Duplicates", total=sum(ref.size for references in documents.values() for ref in references))
-    for ref in tested:
-        found.protect(reader.read(ref, "heldout")[0])
+    for ref in documents["validation"] + documents["heldout"]:
+        duplicates.add_test_document(reader.read(ref, "heldout")[0])
         bars.advance(task, ref.size)
     kept = []
     for ref in documents["train"]:
-        text, left_out = reader.read(ref, "train")
-        reason = None if left_out else found.reason(text)  # what is left out anyway is counted when shards are written
+        text, fault = reader.read(ref, "train")
+        reason = None if fault else duplicates.drop_reason(text)  # other faults are counted when shards are written
         counts.update([reason] if reason else [])
         kept += [] if reason else [ref]
         bars.advance(task, ref.size)
@@ -283,16 +287,16 @@ def _train_tokenizer(
     return Tokenizer.train(texts(), vocab_size)
 
 
-def _write(encoder: ShardEncoder, documents: Documents, workers: int, bars: Progress) -> list[WrittenShard]:
+def _write_shards(encoder: ShardEncoder, documents: Documents, workers: int, bars: Progress) -> list[WrittenShard]:
     """Write the shards of all splits."""
     total = sum(ref.size for references in documents.values() for ref in references)
-    least, most = SHARD_BYTES
-    shard_bytes = min(max(total // SHARDS_PER_CORPUS, least), most)
+    min_bytes, max_bytes = SHARD_BYTES
+    shard_bytes = min(max(total // SHARDS_PER_CORPUS, min_bytes), max_bytes)
     names = list(encoder.reader.config.mixture) or [""]
     plans = [
         plan
         for split, references in documents.items()
-        for plan in _plans(split, references, shard_bytes, names if split == "train" else None)
+        for plan in _shard_plans(split, references, shard_bytes, names if split == "train" else None)
     ]
     task = bars.add_task("Shards", total=total)
     written = []
@@ -302,29 +306,29 @@ def _write(encoder: ShardEncoder, documents: Documents, workers: int, bars: Prog
     return written
 
 
-def _plans(
+def _shard_plans(
     split: SplitName, references: list[DocumentRef], shard_bytes: int, sources: list[str] | None
 ) -> Iterator[ShardPlan]:
     """Cut a split into shards, one source after another; each ends with the document that fills it up."""
     number = 0
-    each: Sequence[str | None] = sources or [None]
-    for source in each:
-        size, taken = 0, list[DocumentRef]()
+    names: Sequence[str | None] = sources or [None]
+    for source in names:
+        size, documents = 0, list[DocumentRef]()
         for ref in references:
             if source is not None and ref.source != source:
                 continue
-            taken.append(ref)
+            documents.append(ref)
             size += ref.size
             if size >= shard_bytes:
-                yield ShardPlan(split, f"{split}-{number:05d}", tuple(taken))
-                number, size, taken = number + 1, 0, []
-        if taken:
-            yield ShardPlan(split, f"{split}-{number:05d}", tuple(taken))
+                yield ShardPlan(split, f"{split}-{number:05d}", tuple(documents))
+                number, size, documents = number + 1, 0, []
+        if documents:
+            yield ShardPlan(split, f"{split}-{number:05d}", tuple(documents))
             number += 1
 
 
-def _bars(shown: bool) -> Progress:
-    """Return progress bars with what is done, the rate and the time left."""
+def _progress_bars(shown: bool) -> Progress:
+    """Return progress bars with bytes, rate and time left."""
     return Progress(
         TextColumn("{task.description:<18}"),
         BarColumn(),

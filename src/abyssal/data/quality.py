@@ -1,4 +1,4 @@
-"""Rules that tell documents from which nothing is to be learnt."""
+"""Quality filters: rules that drop documents of which a model learns nothing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Literal
 
 from abyssal.config.run import DataConfig
 
-Fault = Literal["short", "long_line", "repetitive"]
+QualityRule = Literal["short", "long_line", "repetitive"]
 
 
-def fault_of(text: str, config: DataConfig) -> Fault | None:
+def broken_rule(text: str, config: DataConfig) -> QualityRule | None:
     """Return the first rule of the recipe that a training document breaks, or None."""
     if len(text) < config.min_characters:
         return "short"

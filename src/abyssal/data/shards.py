@@ -8,21 +8,22 @@ Of shard n of a split, with T tokens and N documents:
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from abyssal.data.corpus import SplitName
-from abyssal.data.manifest import Manifest, Shard, ShardFile, Split, again
-from abyssal.data.whole_file import whole_file
+from abyssal.data.manifest import DatasetManifest, ShardFile, Split, TokenShard, repair_hint
 from abyssal.errors import DataError
+from abyssal.files.atomic import atomic_file
+from abyssal.files.checksums import HashingWriter, sha256
+from abyssal.files.faults import os_faults
 
 #: Shards whose memory maps stay open; each holds file descriptors, of which a process has about a thousand.
 OPEN_SHARDS = 64
@@ -33,7 +34,7 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def write_shard(stem: Path, documents: Sequence[NDArray[Any]], num_bytes: Sequence[int], dtype: str) -> Shard:
+def write_shard(stem: Path, documents: Sequence[NDArray[Any]], num_bytes: Sequence[int], dtype: str) -> TokenShard:
     """Write one shard, each file whole or not at all.
 
     Args:
@@ -47,7 +48,7 @@ def write_shard(stem: Path, documents: Sequence[NDArray[Any]], num_bytes: Sequen
     """
     tokens = np.concatenate([np.zeros(0, dtype), *documents], dtype=dtype)
     starts = np.fromiter(accumulate(map(len, documents), initial=0), np.int64)
-    return Shard(
+    return TokenShard(
         documents=len(documents),
         tokens=len(tokens),
         bytes=sum(num_bytes),
@@ -57,17 +58,12 @@ def write_shard(stem: Path, documents: Sequence[NDArray[Any]], num_bytes: Sequen
     )
 
 
-def is_whole(folder: Path, shard: Shard) -> bool:
-    """Whether every file of a shard is there and is what was written."""
+def is_intact(folder: Path, shard: TokenShard) -> bool:
+    """Whether every file of a shard is there with the checksum that was written."""
     try:
-        return all(_checksum(folder / file.name) == file.sha256 for file in shard.files)
+        return all(sha256(folder / file.name) == file.sha256 for file in shard.files)
     except OSError:
         return False
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Shards:
@@ -92,7 +88,7 @@ class Shards:
         Raises:
             DataError: the folder is unfinished, or a file is missing or has another size.
         """
-        manifest = Manifest.read(folder)
+        manifest = DatasetManifest.read(folder)
         shards = cls(folder, manifest.splits[split], manifest.dtype)
         if split == "train":
             start = 0
@@ -102,8 +98,8 @@ class Shards:
             path = folder / file.name
             size = path.stat().st_size if path.is_file() else None
             if size != file.size:
-                found = "missing" if size is None else f"damaged, has {size} bytes instead of {file.size}"
-                raise DataError(f"{path}: {found}; {again(folder)}")
+                fault = "missing" if size is None else f"damaged, has {size} bytes instead of {file.size}"
+                raise DataError(f"{path}: {fault}; {repair_hint(folder)}")
         return shards
 
     def verify(self) -> None:
@@ -114,8 +110,10 @@ class Shards:
         """
         for file in self._files():
             path = self.folder / file.name
-            if _checksum(path) != file.sha256:
-                raise DataError(f"{path}: damaged, its checksum is not the one in the manifest; {again(self.folder)}")
+            if sha256(path) != file.sha256:
+                raise DataError(
+                    f"{path}: damaged, its checksum is not the one in the manifest; {repair_hint(self.folder)}"
+                )
 
     def document(self, index: int) -> NDArray[np.int64]:
         """Return the token ids of a document, BOS and EOS included."""
@@ -125,13 +123,13 @@ class Shards:
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """Return which of the tokens [start, stop) of the stream are the first of a document."""
-        found = list[int]()
+        first_tokens = list[int]()
         for number, (first, end) in enumerate(pairwise(self._first_token)):
             if first < stop and start < end:
                 starts = self._map(number).starts[:-1]
                 low, high = np.searchsorted(starts, (start - first, stop - first))
-                found += (starts[low:high] + first).tolist()
-        return found
+                first_tokens += (starts[low:high] + first).tolist()
+        return first_tokens
 
     def document_bytes(self, index: int) -> int:
         """Return the UTF-8 bytes of a document's text."""
@@ -157,16 +155,16 @@ class Shards:
         )
 
     def _map_array(self, file: ShardFile, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
-        """Map one file into memory, after a look at its header."""
+        """Map one file into memory, after checking its header."""
         path = self.folder / file.name
         try:
             array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: damaged ({error}); {again(self.folder)}") from None
+            raise DataError(f"{path}: damaged ({error}); {repair_hint(self.folder)}") from None
         if array.dtype != dtype or array.shape != (length,):
             raise DataError(
                 f"{path}: damaged, holds {array.dtype} {list(array.shape)} instead of {dtype} [{length}]; "
-                f"{again(self.folder)}"
+                f"{repair_hint(self.folder)}"
             )
         return array
 
@@ -180,7 +178,7 @@ class ShardArrays(NamedTuple):
 
 
 class TokenStream:
-    """The tokens of a split as one sequence, whatever shard they lie in."""
+    """The tokens of a split as one array over all its shards."""
 
     def __init__(self, first_token: list[int], load: Callable[[int], NDArray[Any]]) -> None:
         """Take where each shard starts, and the end; `load(n)` returns the tokens of shard n."""
@@ -196,36 +194,19 @@ class TokenStream:
         start, stop = span.start or 0, len(self) if span.stop is None else span.stop
         if not (0 <= start <= stop <= len(self) and span.step is None):
             raise IndexError(f"tokens[{span.start}:{span.stop}:{span.step}] of {len(self)}")
-        pieces = []
+        slices = []
         number = bisect_right(self._first_token, start) - 1
         while start < stop:
             first, end = self._first_token[number], self._first_token[number + 1]
-            pieces.append(self._load(number)[start - first : min(stop, end) - first])
+            slices.append(self._load(number)[start - first : min(stop, end) - first])
             start, number = min(stop, end), number + 1
-        return np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, np.int64)
-
-
-class _Hashing:
-    """A file that computes the checksum and the size of what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._size = 0
-
-    def write(self, content: bytes) -> int:
-        self._hash.update(content)
-        self._size += len(content)
-        return self._file.write(content)
-
-    def entry(self, name: str) -> ShardFile:
-        return ShardFile(name=name, size=self._size, sha256=self._hash.hexdigest())
+        return np.concatenate(slices).astype(np.int64) if slices else np.zeros(0, np.int64)
 
 
 def _write_array(stem: Path, kind: str, array: NDArray[Any]) -> ShardFile:
     """Write one array as .npy and return its entry in the manifest."""
     path = stem.with_name(f"{stem.name}.{kind}.npy")
-    with whole_file(path) as file:
-        sink = _Hashing(file)
-        np.lib.format.write_array(sink, array, allow_pickle=False)
-    return sink.entry(path.name)
+    with os_faults(DataError, path, "write it"), atomic_file(path) as staging, staging.open("wb") as file:
+        writer = HashingWriter(file)
+        np.lib.format.write_array(writer, array, allow_pickle=False)
+    return ShardFile(name=path.name, size=writer.nbytes, sha256=writer.sha256)

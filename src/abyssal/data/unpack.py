@@ -1,7 +1,7 @@
-"""Packed documents to plain lines of JSON: compressed .jsonl, Parquet, Hugging Face data sets.
+"""Unpacking of compressed .jsonl, Parquet and Hugging Face data sets into plain .jsonl.
 
-Documents are read in shuffled order and by several processes, for which none of these is made. So each is unpacked
-once, into a .jsonl file that goes away when the data is prepared.
+Documents are read in shuffled order by several processes, which none of these formats allows. So each is unpacked
+once, into a .jsonl file that is removed once the data is prepared.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from abyssal.data.optional import optional
-from abyssal.data.whole_file import whole_file
+from abyssal.data.optional import import_optional
 from abyssal.errors import DataError
+from abyssal.files.atomic import atomic_file
+from abyssal.files.faults import os_faults
 
 #: What an entry of the corpus that names a Hugging Face data set begins with.
 HUGGING_FACE = "hf:"
-#: Names of files that are unpacked end with one of these.
-PACKED = (".jsonl.gz", ".jsonl.zst", ".parquet")
+#: Files with these suffixes are unpacked.
+PACKED_SUFFIXES = (".jsonl.gz", ".jsonl.zst", ".parquet")
 READ_BYTES = 1 << 18
-ROWS = 1024
+BATCH_ROWS = 1024
 
 
 def unpack(name: str, identity: str, text_field: str, folder: Path) -> Path:
@@ -40,15 +41,13 @@ def unpack(name: str, identity: str, text_field: str, folder: Path) -> Path:
     """
     digest = hashlib.sha256(f"{name}\0{identity}\0{text_field}".encode(errors="surrogateescape")).hexdigest()
     path = folder / f"{digest[:24]}.jsonl"
-    if path.exists():  # whole, or it would not have that name
+    if path.exists():  # a file gets that name only when it is complete
         return path
-    try:
+    with os_faults(DataError, folder, "make this folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
-    with whole_file(path) as file:
-        for portion in _portions(name, text_field):
-            file.write(portion)
+    with os_faults(DataError, path, "write it"), atomic_file(path) as staging, staging.open("wb") as file:
+        for chunk in _jsonl_chunks(name, text_field):
+            file.write(chunk)
     return path
 
 
@@ -62,8 +61,8 @@ def data_set_identity(entry: str) -> str:
     return " ".join(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in files)
 
 
-def _portions(name: str, text_field: str) -> Iterator[bytes]:
-    """Yield the lines in portions of any length."""
+def _jsonl_chunks(name: str, text_field: str) -> Iterator[bytes]:
+    """Yield the bytes of the .jsonl file in chunks of any length."""
     if name.startswith(HUGGING_FACE):
         return _data_set(name, text_field)
     path = Path(name)
@@ -80,7 +79,7 @@ def _zstandard(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
     try:
         own: Any = importlib.import_module("compression.zstd")
     except ImportError:
-        package = optional("zstandard", "zstd", str(path))
+        package = import_optional("zstandard", "zstd", str(path))
         return lambda: package.ZstdDecompressor().decompressobj(), package.ZstdError
     return own.ZstdDecompressor, own.ZstdError
 
@@ -90,29 +89,29 @@ def _decompressed(path: Path, decompressor: Callable[[], Any], fault: type[Excep
     frame: Any = None
     try:
         with path.open("rb") as file:
-            while portion := file.read(READ_BYTES):
-                while portion:
+            while chunk := file.read(READ_BYTES):
+                while chunk:
                     frame = frame or decompressor()
-                    yield frame.decompress(portion)
+                    yield frame.decompress(chunk)
                     if not frame.eof:
                         break
-                    portion, frame = frame.unused_data, None
+                    chunk, frame = frame.unused_data, None
     except OSError as error:
         _unreadable(path, error)
     except fault as error:
         _damaged(path, error)
-    if frame is not None:  # the decompressors themselves say nothing of an end that is missing
+    if frame is not None:  # decompressors do not report a missing end themselves
         _damaged(path, "it ends too early")
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
     """Yield a line of JSON for every row."""
-    parquet = optional("pyarrow.parquet", "parquet", str(path))
-    fault = optional("pyarrow", "parquet", str(path)).ArrowException
+    parquet = import_optional("pyarrow.parquet", "parquet", str(path))
+    fault = import_optional("pyarrow", "parquet", str(path)).ArrowException
     try:
         with parquet.ParquetFile(path) as file:
             _check_column(str(path), text_field, file.schema_arrow.names)
-            for batch in file.iter_batches(ROWS, columns=[text_field]):
+            for batch in file.iter_batches(BATCH_ROWS, columns=[text_field]):
                 yield _lines(batch.column(0).to_pylist(), text_field)
     except (fault, UnicodeDecodeError) as error:
         _damaged(path, error)
@@ -122,23 +121,23 @@ def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
 
 def _data_set(entry: str, text_field: str) -> Iterator[bytes]:
     """Yield a line of JSON for every row of a data set on disk, or one that the library finds by its name."""
-    datasets = optional("datasets", "datasets", entry)
+    datasets = import_optional("datasets", "datasets", entry)
     name, _, split = entry.removeprefix(HUGGING_FACE).partition(":")
     try:
         if Path(name).is_dir() and any(Path(name, file).is_file() for file in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(name)
-            if hasattr(found, "keys"):
-                found = found[split or "train"]
+            rows = datasets.load_from_disk(name)
+            if hasattr(rows, "keys"):
+                rows = rows[split or "train"]
         else:
-            found = datasets.load_dataset(name, split=split or "train")
-        columns = list(found.column_names)
+            rows = datasets.load_dataset(name, split=split or "train")
+        columns = list(rows.column_names)
     except Exception as error:  # the library lets through whatever its own libraries raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(f"{entry}: cannot be read ({reason}); must be hf:NAME or hf:FOLDER, or either:SPLIT") from None
     _check_column(entry, text_field, columns)
     try:
-        for start in range(0, len(found), ROWS):
-            yield _lines(found[start : start + ROWS][text_field], text_field)
+        for start in range(0, len(rows), BATCH_ROWS):
+            yield _lines(rows[start : start + BATCH_ROWS][text_field], text_field)
     except Exception as error:
         _damaged(entry, error)
 

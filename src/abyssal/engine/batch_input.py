@@ -13,7 +13,7 @@ from abyssal.engine.load import LoadedModel
 from abyssal.engine.request import Request
 from abyssal.engine.sampling import SamplingParameters
 from abyssal.errors import AbyssalError, DataError, UsageError, nearest
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 #: Sampling parameters that a line may set for itself.
 SAMPLING = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from abyssal.machine.describe import memory_bytes
-from abyssal.machine.probe import choose_compute_dtype, measure
+from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
 
 #: Rows and columns of the timed products, and their depths: the shapes of layers, shallow ones among them.
 ROWS, COLUMNS, DEPTHS = 1024, 1024, (128, 256, 512, 1024, 2048)
@@ -50,7 +50,7 @@ class MachineLimits:
 
 def measure_limits(device: str = "cpu") -> MachineLimits:
     """Measure this machine in a few seconds, on as many threads as torch is set to."""
-    speed = measure(device=device)
+    speed = measure_matmul(device=device)
     dtype = choose_compute_dtype(speed).dtype
     peak = speed.gflops[dtype] * 1e9
     rates = {depth: _product_rate(depth, dtype, device) for depth in DEPTHS}

@@ -5,6 +5,7 @@ from abyssal.model.block import Block
 from abyssal.model.context import Context, LatentCache, RouterStatistics
 from abyssal.model.initialise import initialise
 from abyssal.model.mtp import next_tokens
+from abyssal.model.prepared import drop_prepared_weights, prepare_weights
 from abyssal.model.stage import Stage
 from abyssal.model.transformer import Transformer
 
@@ -17,6 +18,8 @@ __all__ = [
     "RouterStatistics",
     "Stage",
     "Transformer",
+    "drop_prepared_weights",
     "initialise",
     "next_tokens",
+    "prepare_weights",
 ]

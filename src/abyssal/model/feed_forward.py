@@ -18,7 +18,8 @@ from abyssal.model.context import Context
 from abyssal.model.dispatcher import Dispatcher, InFlight, LocalDispatcher
 from abyssal.model.layers import Linear
 from abyssal.ops.balance_loss import balance_loss, inject_loss
-from abyssal.ops.experts import Experts
+from abyssal.ops.experts import CastExperts, Experts
+from abyssal.ops.linear import WeightGradients
 from abyssal.ops.permute import count_experts
 from abyssal.ops.routing import affinities, choose_experts, gate_weights
 from abyssal.ops.swiglu import swiglu
@@ -98,9 +99,16 @@ class StackedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * f, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
         self.kernel = kernel
+        self.prepared: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # as in `Linear`
+
+    def prepare(self, dtype: torch.dtype, deferred: WeightGradients | None = None) -> None:
+        """Cast both stacks for all products until `prepared` is dropped; `deferred` takes their gradients' products."""
+        self.prepared = CastExperts(self.kernel, self.gate_up_proj, self.down_proj, dtype, deferred)
 
     def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """Map rows [M, D], sorted by expert, to their weighted outputs [M, D]."""
+        if self.prepared is not None:
+            return self.prepared(rows, weights, counts)
         return self.kernel(rows, weights, counts, self.gate_up_proj, self.down_proj)
 
 

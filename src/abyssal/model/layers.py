@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
+from abyssal.ops.linear import CastWeight, WeightGradients, linear
 from abyssal.ops.rms_norm import Normalise, rms_norm
 
 
 class Linear(nn.Module):
     """y = x W^T without a bias, computed in x's dtype; the seam where another precision is put in.
 
-    The weight is cast on use, so fp32 master weights train in bf16 and their gradient is accumulated in fp32.
+    `prepared` is the product with a weight that was made ready once, for a step or for good: cast, packed, quantised.
+    Without, the weight is cast on use. So fp32 master weights train in bf16, and their gradient is accumulated in fp32.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         """Allocate W [out_features, in_features] without filling it; see `initialise`."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.prepared: Callable[[Tensor], Tensor] | None = None
+
+    def prepare(self, dtype: torch.dtype, deferred: WeightGradients | None = None) -> None:
+        """Cast the weight for all products until `prepared` is dropped; `deferred` takes its gradient's products."""
+        self.prepared = CastWeight(self.weight, dtype, deferred)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in] to [..., out]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        """Map [T, in] to [T, out]."""
+        return linear(x, self.weight.to(x.dtype)) if self.prepared is None else self.prepared(x)
 
 
 class RMSNorm(nn.Module):

@@ -31,8 +31,10 @@ def balance_loss(scores: Tensor, lengths: Sequence[int], top_k: int) -> Tensor:
     num_experts = scores.shape[-1]
     tokens = scores.new_tensor(lengths).clamp_min(1)[:, None]  # [B, 1]; empty sequences divide 0 by 1
     sequence = torch.repeat_interleave(
-        torch.arange(len(lengths), device=scores.device), torch.tensor(lengths, device=scores.device)
-    )  # [T]
+        torch.arange(len(lengths), device=scores.device),
+        torch.tensor(lengths, device=scores.device),
+        output_size=len(scores),
+    )  # [T]; its size given, since reading it back would wait for the device
     chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, dim=-1).indices, 1.0)  # [T, E]
     zeros = scores.new_zeros(len(lengths), num_experts)
     f = zeros.index_add(0, sequence, chosen) * (num_experts / top_k) / tokens  # [B, E]  eq. 18

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -14,18 +15,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+from abyssal.ops.linear import CastWeight, Product, WeightGradients, linear
+from abyssal.ops.version import Version, on_cpu
+
+Experts = Callable[..., Tensor]
 
 
-def expert_ffn(rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_ffn(
+    rows: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    deferred: WeightGradients | None = None,
+) -> Tensor:
     """The definition: run each expert's rows through it; the routing weight multiplies before down_proj, in fp32.
 
     Args:
         rows: [M, D], sorted by expert.
         weights: [M], routing weights in at least fp32.
         counts: [E] int, rows of each expert; may be zero; their sum is M.
-        gate_up: [E, 2F, D], gate above up.
-        down: [E, D, F].
+        gate_up: [E, 2F, D], gate above up; cast to rows' dtype.
+        down: [E, D, F], likewise.
+        deferred: where the backward pass leaves the weights' gradients; see `abyssal.ops.linear.linear`.
 
     Returns:
         [M, D] in rows' dtype, the weighted outputs.
@@ -35,9 +47,9 @@ def expert_ffn(rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, d
     sizes = counts.tolist()
     outputs = []
     for expert, (x, w) in enumerate(zip(rows.split(sizes), weights.split(sizes), strict=True)):
-        gate, up = F.linear(x, gate_up[expert].to(x.dtype)).to(weights.dtype).chunk(2, -1)  # [m, F] each
+        gate, up = linear(x, gate_up[expert].to(x.dtype), deferred).to(weights.dtype).chunk(2, -1)  # [m, F] each
         hidden = (F.silu(gate) * up * w[:, None]).to(x.dtype)  # [m, F]
-        outputs.append(F.linear(hidden, down[expert].to(x.dtype)))  # [m, D]
+        outputs.append(linear(hidden, down[expert].to(x.dtype), deferred))  # [m, D]
     return torch.cat(outputs)
 
 
@@ -81,6 +93,49 @@ def _segments(counts: Tensor) -> Iterator[_Segment]:
             yield _Segment(expert, a, b, start, start + size)
 
 
+class _StackGradient:
+    """The gradient dW [E, O, I] of a stack of weights, which comes expert by expert."""
+
+    def __init__(self, stack: Tensor) -> None:
+        """Begin without any expert's."""
+        self.values = torch.empty_like(stack)
+        self.idle = set(range(len(stack)))
+
+    def add(self, expert: int, d_out: Tensor, x: Tensor) -> None:
+        """Make that of `expert`, d_out^T x for rows [m, O] and [m, I]."""
+        torch.mm(d_out.T, x, out=self.values[expert])
+        self.idle.remove(expert)
+
+    def finish(self) -> Tensor:
+        """Return the whole, zero for experts without rows."""
+        for expert in self.idle:
+            self.values[expert].zero_()
+        return self.values
+
+
+class _DeferredStackGradient:
+    """The same for later: what would be multiplied is kept, and a product that does it is put into a store."""
+
+    def __init__(self, stack: Tensor, put: Callable[[Product], None]) -> None:
+        """Begin without any expert's."""
+        self.stack, self.put = stack, put
+        self.factors: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, expert: int, d_out: Tensor, x: Tensor) -> None:
+        """Keep the factors of an expert's gradient."""
+        self.factors.append((expert, d_out, x))
+
+    def finish(self) -> None:
+        """Leave the whole for later."""
+        self.put(self._product)
+
+    def _product(self) -> Tensor:
+        gradient = _StackGradient(self.stack)
+        for factors in self.factors:
+            gradient.add(*factors)
+        return gradient.finish()
+
+
 class _SegmentedExperts(torch.autograd.Function):
     """One pass over the segments forward and one backward.
 
@@ -90,7 +145,9 @@ class _SegmentedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, *puts: Any
+    ) -> Tensor:
         gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)
         segments = list(_segments(counts))
         pre = rows.new_empty(rows.shape[0], gate_up.shape[1])  # [M, 2F]
@@ -102,25 +159,24 @@ class _SegmentedExperts(torch.autograd.Function):
             hidden = F.silu(gate).mul_(up).mul_(weights[s.start : s.end, None])
             s.product(hidden.to(rows.dtype), down[s.expert].T, out=out)
         ctx.save_for_backward(rows, weights, pre, gate_up, down)
-        ctx.segments = segments
+        ctx.segments, ctx.puts = segments, puts
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows, weights, pre, gate_up, down = ctx.saved_tensors
         d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        idle = set(range(len(down))) - {s.expert for s in ctx.segments}
-        for expert in idle:
-            d_gate_up[expert].zero_()
-            d_down[expert].zero_()
+        d_gate_up, d_down = (
+            _StackGradient(stack) if put is None else _DeferredStackGradient(stack, put)
+            for stack, put in zip((gate_up, down), ctx.puts, strict=True)
+        )
         for s in ctx.segments:
             window = slice(s.start, s.end)
             w, dy = weights[window, None], grad[window]
             gate, up = pre[window].to(weights.dtype).chunk(2, -1)
             activated = F.silu(gate)
             product = activated * up
-            torch.mm(dy.T, s.clear_neighbours((product * w).to(rows.dtype)), out=d_down[s.expert])
+            d_down.add(s.expert, dy, s.clear_neighbours((product * w).to(rows.dtype)))
             d_hidden = torch.mm(dy, down[s.expert]).to(weights.dtype)  # [m, F]
             d_weights[s.a : s.b] = product.mul_(d_hidden).sum(-1)[s.a - s.start : s.b - s.start]
             d_product = d_hidden.mul_(w)
@@ -128,13 +184,45 @@ class _SegmentedExperts(torch.autograd.Function):
             d_gate, d_up = d_pre.chunk(2, -1)
             d_up.copy_(d_product * activated)
             d_gate.copy_(torch.ops.aten.silu_backward(d_product.mul_(up), gate))
-            torch.mm(s.clear_neighbours(d_pre).T, rows[window], out=d_gate_up[s.expert])
+            d_gate_up.add(s.expert, s.clear_neighbours(d_pre), rows[window])
             s.product(d_pre, gate_up[s.expert], out=d_rows)
-        return d_rows, d_weights, None, d_gate_up, d_down
+        return d_rows, d_weights, None, d_gate_up.finish(), d_down.finish(), None, None
 
 
-def segmented_expert_ffn(rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def segmented_expert_ffn(
+    rows: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    deferred: WeightGradients | None = None,
+) -> Tensor:
     """`expert_ffn` with a backward of its own, linear in the number of experts; first derivatives only."""
-    return _SegmentedExperts.apply(  # type: ignore[no-any-return, no-untyped-call]
-        rows.contiguous(), weights.contiguous(), counts, gate_up, down
-    )
+    operands = rows.contiguous(), weights.contiguous(), counts
+    if deferred is None or not rows.requires_grad:
+        return _SegmentedExperts.apply(*operands, gate_up, down, None, None)  # type: ignore[no-any-return, no-untyped-call]
+    puts = partial(deferred.put, gate_up), partial(deferred.put, down)
+    return _SegmentedExperts.apply(*operands, gate_up.detach(), down.detach(), *puts)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class CastExperts:
+    """Both stacks of a layer, cast once to the dtype of the products; called like a version of the operation."""
+
+    def __init__(
+        self,
+        kernel: Experts,
+        gate_up: Tensor,
+        down: Tensor,
+        dtype: torch.dtype,
+        deferred: WeightGradients | None = None,
+    ) -> None:
+        """Prepare the stacks for `kernel`; see `abyssal.ops.linear.CastWeight`."""
+        self.kernel, self.deferred = kernel, deferred
+        self.gate_up, self.down = CastWeight(gate_up, dtype), CastWeight(down, dtype)
+
+    def __call__(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """Map rows [M, D], sorted by expert, to their weighted outputs [M, D]."""
+        return self.kernel(rows, weights, counts, self.gate_up.tensor, self.down.tensor, self.deferred)
+
+
+VERSIONS = (Version(segmented_expert_ffn, why_not=on_cpu), Version(expert_ffn))

@@ -1,16 +1,13 @@
 """What Abyssal's own trainer keeps of a micro-batch: autograd's saved tensors, as they are.
 
-Nothing is computed again. Norms keep their rows before and after the scale; attention keeps its probabilities up to
-`LONGEST` tokens; the cross-entropy keeps the head's gradient instead of logits. bench/plan.py compares this with what
-autograd holds.
+Norms keep their rows before and after the scale; attention makes its scores again; the cross-entropy keeps the head's
+gradient instead of logits. bench/plan.py compares this with what autograd holds.
 """
 
 from __future__ import annotations
 
 from abyssal.plan.operations import GRADIENT, VALUE, Work
 
-#: Of abyssal.ops.attention: up to so many tokens probabilities are kept, in blocks of so many rows.
-LONGEST, BLOCK = 1024, 128
 #: A norm's rows, normalised and scaled; its input is the residual, which nobody keeps.
 NORM = 2 * VALUE
 #: Tensors of an FFN's width that autograd keeps: gate, up, silu(gate), their product.
@@ -25,9 +22,7 @@ def kept_by_trainer(work: Work, kind: str) -> float:
         return tokens * hidden * (NORM + VALUE) + model.vocab_size * hidden * GRADIENT
     heads = model.num_attention_heads
     kept = 2.0 * hidden * NORM + ((model.q_lora_rank or 0) + model.kv_lora_rank) * NORM
-    kept += heads * (2 * model.qk_head_dim + 3 * model.v_head_dim) * VALUE  # q, k, v, the output and o_proj's input
-    if work.sequence_length <= LONGEST:
-        kept += heads * (work.sequence_length + BLOCK) / 2 * VALUE
+    kept += heads * (2 * model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim) * VALUE  # q, k, kv, output
     if kind == "dense":
         return tokens * (kept + FFN_TENSORS * model.intermediate_size * VALUE)
     width = model.moe_intermediate_size

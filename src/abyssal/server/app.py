@@ -27,7 +27,7 @@ from abyssal.server.json_text import to_json
 from abyssal.server.options import ServerOptions
 from abyssal.server.service import Service
 from abyssal.server.validation import fault_of_fields
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 
 def create_app(

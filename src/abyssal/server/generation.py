@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abyssal.engine import AsyncEngine, Output, Request, Stream
+from abyssal.engine import AsyncEngine, Output, OutputStream, Request
 from abyssal.errors import AbyssalError
 from abyssal.server.faults import fault_of
 from abyssal.server.metrics import Metrics, Timer
@@ -48,7 +48,7 @@ class Usage:
 class Generation:
     """The outputs of one or several prompts, as (number of the text, output)."""
 
-    streams: Sequence[Stream]
+    streams: Sequence[OutputStream]
     texts_each: int
     usage: Usage
     timer: Timer
@@ -60,7 +60,7 @@ class Generation:
         Raises:
             AbyssalError: the engine refuses one.
         """
-        streams: list[Stream] = []
+        streams: list[OutputStream] = []
         try:
             for request in requests:
                 streams.append(driver.submit(request))
@@ -68,7 +68,7 @@ class Generation:
             for stream in streams:
                 await stream.aclose()
             raise
-        usage, texts_each = Usage(sum(len(request.prompt_ids) for request in requests)), requests[0].num_continuations
+        usage, texts_each = Usage(sum(len(request.prompt_ids) for request in requests)), requests[0].num_sequences
         return cls(streams, texts_each, usage, metrics.timer(usage.prompt_tokens, texts_each * len(streams)))
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:

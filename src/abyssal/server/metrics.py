@@ -113,7 +113,7 @@ class _EngineCounts(Collector):
                 "Share of the pages that are in use, 0 to 1.",
                 now.num_pages_used / now.num_pages,
             ),
-            "abyssal:pages_kept": ("Pages that later requests may share.", now.num_pages_kept),
+            "abyssal:pages_kept": ("Pages that later requests may share.", now.num_pages_cached),
             "abyssal:makes_drafts": ("Whether drafts pay at this load.", int(now.makes_drafts)),
         }
         for name, (help_, value) in gauges.items():

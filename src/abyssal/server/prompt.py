@@ -9,7 +9,7 @@ from typing import Any
 from abyssal.server.faults import ApiError
 from abyssal.server.fields import Message, TextPart, Tool
 from abyssal.server.output_parser import CALL, CALLS, END_CALL, END_CALLS, END_FENCE, FENCE, FUNCTION, SEPARATOR
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 #: Variables that a request may not give to the template: they come from fields of their own.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "name"})

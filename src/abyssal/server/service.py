@@ -18,7 +18,7 @@ from abyssal.server.options import ServerOptions
 from abyssal.server.output_parser import THINK
 from abyssal.server.parameters import sampling_parameters
 from abyssal.server.prompt import chat_prompt
-from abyssal.text.chat import ChatTemplate
+from abyssal.text.chat_template import ChatTemplate
 
 Constraint = Callable[[], TokenConstraint] | None
 

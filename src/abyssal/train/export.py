@@ -10,13 +10,13 @@ import tomli_w
 import torch
 from torch.distributed import ProcessGroup
 
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
 from abyssal.config import RunConfig
 from abyssal.config.parallel import ParallelConfig
 from abyssal.model import Transformer
 from abyssal.plan import count_parameters
-from abyssal.text.chat_template import write_tokenizer_config
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.text.tokenizer_config import write_tokenizer_config
 from abyssal.train.evaluation import Score
 from abyssal.train.progress import Progress
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from abyssal.config import RunConfig
 from abyssal.data.batch import BatchLoader, windows_by_source
-from abyssal.data.manifest import NAME, Manifest
+from abyssal.data.manifest import MANIFEST_NAME, DatasetManifest
 from abyssal.data.mixture import MixedOrder
 from abyssal.data.order import WindowOrder
 from abyssal.data.prepare import prepare
@@ -57,10 +57,10 @@ def check_inputs(config: RunConfig, folder: Path, console: Console) -> None:
     Raises:
         DataError: a shard is missing or damaged.
     """
-    if not (folder / NAME).is_file():
+    if not (folder / MANIFEST_NAME).is_file():
         prepare_inputs(config, folder, console)
         return
-    for split in Manifest.read(folder).splits:
+    for split in DatasetManifest.read(folder).splits:
         Shards.open(folder, split).verify()
 
 

@@ -9,20 +9,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from abyssal.checkpoint.state import latest_state, read_progress
-from abyssal.checkpoint.writer import StateWriter
+from abyssal.checkpoint.state import StateWriter, latest_state, read_progress
 from abyssal.config import RunConfig
 from abyssal.config.resume import resumed_changes
-from abyssal.machine.describe import available_cores
-from abyssal.parallel.layout import RankLayout, describe
-from abyssal.parallel.mesh import Mesh
+from abyssal.parallel.layout import describe
 from abyssal.ranks.ranks import ALONE, Ranks
+from abyssal.train.build import lay_out_run, open_initial_weights
 from abyssal.train.evaluation import Score, score_documents
 from abyssal.train.export import export_model
 from abyssal.train.inputs import Inputs, check_inputs, open_inputs, prepare_inputs
 from abyssal.train.reporter import Reporter
+from abyssal.train.resolve import cores_of_a_rank, peak_flops, resolve, set_threads
 from abyssal.train.run_folder import RunFolder
-from abyssal.train.setup import decide, fit, open_initial_weights, peak_flops, settle
 from abyssal.train.signals import StopSignals
 from abyssal.train.step import RefusedUpdateError, train_step
 from abyssal.train.training_state import TrainingState
@@ -42,17 +40,17 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE,
         AbyssalError: a fault of recipe, corpus, disk or training, as one sentence.
         Stopped: a signal asked for it; what was done is saved.
     """
-    folder, given = RunFolder(path), config
-    layout = fit(config, ranks)
+    folder, recipe = RunFolder(path), config
+    lay_out_run(config, ranks.world_size, ranks.local_world_size)  # refused before anything is written, as is init_from
     ranks.first(folder.refuse_another)
-    open_initial_weights(config)  # a wrong init_from is found before anything is written
+    open_initial_weights(config)
     ranks.first(lambda: prepare_inputs(config, folder.data(config), console))
     inputs = open_inputs(config, folder.data(config))
-    config, sentences = ranks.first(lambda: decide(config, _device(), ranks))
+    config, sentences = ranks.first(lambda: resolve(config, _device(), ranks))
     _say(console, sentences)
-    ranks.first(lambda: folder.mark_launch(launch_id, given))
+    ranks.first(lambda: folder.mark_launch(launch_id, recipe))
     ranks.first(lambda: folder.begin(config))
-    return _train(config, folder, inputs, console, ranks, layout)
+    return _train(config, folder, inputs, console, ranks)
 
 
 def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> Path:
@@ -73,24 +71,22 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: R
         before = RunConfig.parse(read_progress(newest, group=ranks.control).get("recipe", {}), source=str(newest))
     source = f"--set {' '.join(overrides)}" if overrides else str(folder.recipe)
     _say(console, resumed_changes(before, config, source))
-    layout = fit(config, ranks)
+    lay_out_run(config, ranks.world_size, ranks.local_world_size)
+    config, sentences = ranks.first(lambda: resolve(config, _device(), ranks))
+    _say(console, sentences)
     if overrides:
         ranks.first(lambda: folder.begin(config))
     ranks.first(lambda: check_inputs(config, folder.data(config), console))
     inputs = open_inputs(config, folder.data(config))
-    return _train(config, folder, inputs, console, ranks, layout)
+    return _train(config, folder, inputs, console, ranks)
 
 
-def _train(
-    config: RunConfig, folder: RunFolder, inputs: Inputs, console: Console, ranks: Ranks, layout: RankLayout
-) -> Path:
+def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Console, ranks: Ranks) -> Path:
     device, length = _device(), config.train.sequence_length
-    settle(min(config.train.threads, max(1, available_cores() // ranks.local_world_size)))
-    mesh = None
+    set_threads(min(config.train.threads, cores_of_a_rank(ranks)))
+    state = TrainingState(config, device, ranks)
     if ranks.world_size > 1:
-        console.print(describe(layout, config.model), highlight=False, markup=False)
-        mesh = Mesh.over(layout, device)
-    state = TrainingState(config, device, ranks, mesh)
+        console.print(describe(state.layout, config.model), highlight=False, markup=False)
     if newest := latest_state(folder.states, group=ranks.control):
         state.restore(newest)
     ranks.first(lambda: folder.cut_metrics(state.progress.step))

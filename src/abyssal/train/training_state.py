@@ -7,29 +7,26 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.pieces import leaves
-from abyssal.checkpoint.state import load_state, remove_state, states
+from abyssal.checkpoint.state import leaves, load_state, remove_state, states
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
 from abyssal.errors import TrainingError
-from abyssal.parallel.mesh import Mesh
 from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.average import WeightAverage
+from abyssal.train.build import build_run, fill_weights
 from abyssal.train.guard import Guard
-from abyssal.train.optimizer import build_optimizer
 from abyssal.train.progress import Progress
-from abyssal.train.setup import build_model, initial_weights
 from abyssal.train.step import RefusedUpdateError, StepResult
 
 
 class TrainingState:
     """The live state of a run; `tensors` and `record()` are what a training state on disk holds of it."""
 
-    def __init__(self, config: RunConfig, device: torch.device, ranks: Ranks = ALONE, mesh: Mesh | None = None) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
         """Build the state of a run that begins, or this rank's part of it."""
-        self.config, self.ranks = config, ranks
-        self.model = build_model(config, device, mesh)
-        self.optimizer = build_optimizer(self.model, config.optimizer, mesh)
+        run = build_run(config, device, ranks)
+        self.config, self.ranks, self.layout = config, ranks, run.layout
+        self.model, self.optimizer = run.model, run.optimizer
         self.weights = self.model.state_dict()  # the live tensors
         self.average = WeightAverage(self.weights, config.ema.decay) if config.ema.decay else None
         self.progress, self.guard = Progress(), Guard()
@@ -53,7 +50,7 @@ class TrainingState:
             record = load_state(path, self.tensors, group=self.ranks.control)
             self.progress, self.guard = Progress.from_json(record), Guard.from_json(record.get("guard"))
             return
-        initial_weights(self.model, self.config)
+        fill_weights(self.model, self.config)
         for _, tensor in leaves(self.tensors["optimizer"]):
             tensor.zero_()
         if self.average is not None:

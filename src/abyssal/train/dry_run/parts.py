@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -19,10 +20,10 @@ from abyssal.model.layers import Linear
 from abyssal.parallel.apply import policies
 from abyssal.parallel.fake_ranks import fake_ranks
 from abyssal.parallel.layout import RankLayout
-from abyssal.parallel.mesh import Mesh
+from abyssal.ranks.launch import Launch
 from abyssal.ranks.placements import copies, local
-from abyssal.train.optimizer import build_optimizer
-from abyssal.train.setup import shape_model
+from abyssal.ranks.ranks import Ranks
+from abyssal.train.build import build_run
 
 EMBEDDING, DENSE, MOE, HEAD, MTP = "embedding", "dense block", "MoE block", "norm and head", "MTP module"
 ONCE = (EMBEDDING, HEAD)  # a stage has no more than one
@@ -31,7 +32,7 @@ GATHERED = ("edp", "dp_shard")
 
 
 @dataclass(frozen=True)
-class Held:
+class ParameterSizes:
     """What one rank holds of a parameter."""
 
     name: str
@@ -58,49 +59,49 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """One distinct part of the model on one rank."""
 
-    parameters: tuple[Held, ...]
+    parameters: tuple[ParameterSizes, ...]
     buffer_elements: int = 0  # gate biases, whole on every rank
     buffer_bytes: int = 0
 
     def sum(self, field: str, unit: str | None = None) -> int:
-        """Return the sum of a field of `Held` over all parameters, or those of one unit."""
-        return sum(getattr(held, field) for held in self.parameters if unit in (None, held.unit))
+        """Return the sum of a field of `ParameterSizes` over all parameters, or those of one unit."""
+        return sum(getattr(sizes, field) for sizes in self.parameters if unit in (None, sizes.unit))
 
     @property
     def units(self) -> set[str]:
         """What is gathered apart."""
-        return {held.unit for held in self.parameters}
+        return {sizes.unit for sizes in self.parameters}
 
 
-def build_parts(config: RunConfig, layout: RankLayout, rank: int = 0) -> dict[str, Part]:
+def build_parts(config: RunConfig, layout: RankLayout, rank: int = 0) -> dict[str, ModelPart]:
     """Build each distinct part of the model once on the meta device, as `rank` of the layout, and read its tensors.
 
-    The model is cut to one block of each kind, and then made by the functions that make it in a real run: model, mesh,
-    experts, shards, optimizer. Ranks of different stages with the same place in them hold the same of a part.
+    The model is cut to one block of each kind, and then built as in a real run (`build_run`). Ranks of different stages
+    with the same place in them hold the same of a part.
     """
     many = layout.world_size > 1
     with fake_ranks(layout.world_size, rank) if many else nullcontext():
-        mesh = Mesh.over(layout, torch.device("cpu")) if many else None
+        ranks = Ranks(dist.group.WORLD if many else None, launch=Launch(local_world_size=layout.node_size))
         short = config.model_copy(update={"model": one_block_of_each_kind(config.model)})
-        model = shape_model(short, torch.device("cpu"), mesh)
-        moments = build_optimizer(model, config.optimizer).tensors(dict(model.named_parameters()))
-        found: dict[str, list[Held]] = {}
+        run = build_run(short, torch.device("cpu"), ranks, on_meta=True)
+        model, moments = run.model, run.optimizer.tensors(dict(run.model.named_parameters()))
+        sizes: dict[str, list[ParameterSizes]] = {}
         buffers: dict[str, list[Tensor]] = {}
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(path, recurse=False):
-                found.setdefault(part_of(name, short.model), []).append(_held(name, parameter, module, moments, model))
+                sizes.setdefault(part_of(name, short.model), []).append(_sizes(name, parameter, module, moments, model))
             for name, buffer in module.named_buffers(path, recurse=False):
                 buffers.setdefault(part_of(name, short.model), []).append(buffer)
     return {
-        part: Part(
-            tuple(held),
+        part: ModelPart(
+            tuple(parameters),
             sum(buffer.numel() for buffer in buffers.get(part, ())),
             sum(buffer.untyped_storage().nbytes() for buffer in buffers.get(part, ())),
         )
-        for part, held in found.items()
+        for part, parameters in sizes.items()
     }
 
 
@@ -132,9 +133,9 @@ def part_of(name: str, model: ModelConfig) -> str:
     return MOE if model.is_moe(layer) else DENSE
 
 
-def _held(
+def _sizes(
     name: str, parameter: nn.Parameter, module: nn.Module, moments: Mapping[str, Any], model: Transformer
-) -> Held:
+) -> ParameterSizes:
     whole, narrow = policies(model.compute_dtype)
     experts = isinstance(module, StackedExperts)
     own = local(parameter)
@@ -147,7 +148,7 @@ def _held(
         used_in, reduced_in = policy.param_dtype or parameter.dtype, policy.reduce_dtype or parameter.dtype
     in_use = stored * max(1, gathered_from)
     casts = isinstance(module, Linear | StackedExperts) and used_in != model.compute_dtype
-    return Held(
+    return ParameterSizes(
         name=name,
         shape=tuple(parameter.shape),
         local=tuple(own.shape),

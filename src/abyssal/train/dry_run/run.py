@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from abyssal.config import RunConfig
 from abyssal.parallel.layout import RankLayout
-from abyssal.train.dry_run.cost import Memory, Share, Traffic, memory_of, traffic_of
-from abyssal.train.dry_run.parts import EMBEDDING, MTP, Part, build_parts
+from abyssal.train.build import lay_out_run
+from abyssal.train.dry_run.cost import BatchShare, Memory, StepCommunication, communication_of, memory_of
+from abyssal.train.dry_run.parts import EMBEDDING, MTP, ModelPart, build_parts
 from abyssal.train.dry_run.stages import CutStage, cut
-from abyssal.train.setup import lay_out_run
 
 NODE_SIZE = 8  # ranks, where the recipe says nothing: the launcher is not there to ask
 
@@ -23,7 +23,7 @@ class StageCost:
     elements: int  # of the whole stage
     local_elements: int
     memory: Memory
-    traffic: Traffic
+    communication: StepCommunication
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class DryRun:
 
     config: RunConfig
     layout: RankLayout
-    share: Share
-    parts: Mapping[str, Part]
+    share: BatchShare
+    parts: Mapping[str, ModelPart]
     stages: tuple[StageCost, ...]
 
     @property
@@ -45,12 +45,12 @@ class DryRun:
         return {"main": every - mtp - second, "mtp": mtp, "second_embedding": second}
 
     @property
-    def traffic(self) -> Traffic:
+    def communication(self) -> StepCommunication:
         """Of all ranks in a step, if all sent as much as the first of their stage."""
-        return sum((stage.traffic for stage in self.stages), Traffic()) * self.layout.dp_size
+        return sum((stage.communication for stage in self.stages), StepCommunication()) * self.layout.dp_size
 
 
-def elements_of(part: Part | None) -> int:
+def elements_of(part: ModelPart | None) -> int:
     """Return the elements of the whole tensors of a part, gate biases included, as the published totals count."""
     return part.sum("elements") + part.buffer_elements if part else 0
 
@@ -66,22 +66,24 @@ def dry_run(config: RunConfig, world_size: int) -> DryRun:
     if config.train.compute_dtype == "auto":
         train = config.train.model_copy(update={"compute_dtype": "bfloat16"})
         config = config.model_copy(update={"train": train})
-    layout = lay_out_run(config, world_size, NODE_SIZE)
+    layout = lay_out_run(config, world_size, NODE_SIZE, planned=True)
     sequences = config.batch_size_at(config.train.tokens) // layout.dp_size
     size = config.train.micro_batch_size
-    share = Share(sequences, -(-sequences // size), config.train.sequence_length)
+    share = BatchShare(sequences, -(-sequences // size), config.train.sequence_length)
     cuts = cut(config, layout, share.micro_batches)
     parts = build_parts(config, layout)
     stages = []
     for number, stage in enumerate(cuts):
-        held = [(parts[name], count) for name, count in stage.parts.items()]
+        counted = [(parts[name], count) for name, count in stage.parts.items()]
         stages.append(
             StageCost(
                 cut=stage,
-                elements=sum(elements_of(part) * count for part, count in held),
-                local_elements=sum((part.sum("local_elements") + part.buffer_elements) * count for part, count in held),
+                elements=sum(elements_of(part) * count for part, count in counted),
+                local_elements=sum(
+                    (part.sum("local_elements") + part.buffer_elements) * count for part, count in counted
+                ),
                 memory=memory_of(stage, parts, config.parallel, share),
-                traffic=traffic_of(stage, parts, config, layout, share, number=number),
+                communication=communication_of(stage, parts, config, layout, share, number=number),
             )
         )
     return DryRun(config, layout, share, parts, tuple(stages))

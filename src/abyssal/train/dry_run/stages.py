@@ -55,14 +55,14 @@ def cut(config: RunConfig, layout: RankLayout, micro_batches: int) -> list[CutSt
     stages = pipeline_costs(work, block_costs(work, chip, calibration), calibration).stages
     schedule = build_schedule(SCHEDULE, layout.pp_size, micro_batches)
     width = getattr(torch, config.train.compute_dtype).itemsize / VALUE
-    held = [parts_of(stage, tied=config.model.tie_word_embeddings) for stage in stages]
-    twice = any(copied for _, copied in held)
-    found = []
-    for number, (stage, (parts, copied)) in enumerate(zip(stages, held, strict=True)):
+    parts_of_stages = [parts_of(stage, tied=config.model.tie_word_embeddings) for stage in stages]
+    twice = any(copied for _, copied in parts_of_stages)
+    cuts = []
+    for number, (stage, (parts, copied)) in enumerate(zip(stages, parts_of_stages, strict=True)):
         in_flight = round(peak_activations(schedule, number))
         kept = in_flight * width * kept_by_stage(work, stage)
-        found.append(CutStage(parts, copied, twice and EMBEDDING in parts, in_flight, kept))
-    return found
+        cuts.append(CutStage(parts, copied, twice and EMBEDDING in parts, in_flight, kept))
+    return cuts
 
 
 def parts_of(stage: Stage, *, tied: bool) -> tuple[dict[str, int], bool]:
