@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev demo test lint check format paper-map plan-tables clean
+.PHONY: help install install-dev demo test test-all lint check format paper-map plan-tables clean
 
 help: ## say what there is
 	@echo "make TARGET"
@@ -23,7 +23,10 @@ install-dev: $(VENV)/.dev ## the same, with what tests and checks need
 demo: $(VENV)/.runtime ## train a small DeepSeek-V3 on this machine and let it complete code
 	@$(BIN)/abyssal demo $(ARGS)
 
-test: $(VENV)/.dev ## run the tests
+test: $(VENV)/.dev ## run the tests that need one process only: minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev ## run all tests: many ranks, restarts, servers and a browser too
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 lint: $(VENV)/.dev ## format, lint, types and floors
@@ -32,7 +35,7 @@ lint: $(VENV)/.dev ## format, lint, types and floors
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-check: lint test ## everything that must hold before a commit
+check: lint test-all ## everything that must hold before a commit
 
 format: $(VENV)/.dev ## lay the code out anew
 	@$(BIN)/ruff format .

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
 
-    kernels = choose_kernels(torch.device("cpu"), torch.bfloat16)
+    kernels = choose_kernels(torch.device("cpu"), torch.bfloat16, "decode")
     model = initialise(Transformer(SHAPES[arguments.shape](), kernels, torch.bfloat16), 0).to(torch.bfloat16)
     use_latent_cache(model)
     converse(model, 1, keep=True)

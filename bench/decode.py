@@ -94,7 +94,7 @@ class Transformers:
 def build(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """Return the model of seed 0 in `dtype`; the balancing bias stays fp32."""
     with torch.device("meta"):
-        model = Transformer(config, choose_kernels(torch.device("cpu"), dtype), dtype)
+        model = Transformer(config, choose_kernels(torch.device("cpu"), dtype, "decode"), dtype)
     return initialise(model.to(dtype).to_empty(device="cpu"), 0)
 
 

@@ -36,7 +36,9 @@ CPU = torch.device("cpu")
 
 
 def build(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    model = initialise(Transformer(config, choose_kernels(CPU, dtype), dtype), 0).to(dtype).requires_grad_(False)
+    model = (
+        initialise(Transformer(config, choose_kernels(CPU, dtype, "decode"), dtype), 0).to(dtype).requires_grad_(False)
+    )
     prepare_for_inference(model)
     return model
 

@@ -59,7 +59,9 @@ def abyssal_step(config: ModelConfig, windows: torch.Tensor) -> Step:
         },
         source="bench",
     )
-    model = initialise(Transformer(config, choose_kernels(torch.device("cpu"), torch.bfloat16), torch.bfloat16), 0)
+    model = initialise(
+        Transformer(config, choose_kernels(torch.device("cpu"), torch.bfloat16, "train"), torch.bfloat16), 0
+    )
     optimizer = build_optimizer(model, run.optimizer)
     return lambda: train_step(model, optimizer, windows, run, 0)
 

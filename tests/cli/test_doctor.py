@@ -10,7 +10,8 @@ import torch
 
 from abyssal.machine import matmul_speed
 from abyssal.machine.describe import describe_machine
-from abyssal.ops.kernels import choose_kernels
+from abyssal.ops.kernels import choose_kernels, passed_over
+from abyssal.ops.version import PURPOSES
 
 
 def test_machine_choice_and_versions_are_shown(abyssal: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,11 +21,20 @@ def test_machine_choice_and_versions_are_shown(abyssal: Callable[..., Any], monk
     monkeypatch.setattr(matmul_speed, "measure_matmul", measured)
     result = abyssal("doctor")
     assert (result.code, result.err) == (0, "")
-    rows = {line.split(maxsplit=1)[0]: line for line in result.out.splitlines() if line.strip()}
+    lines = [line.rstrip() for line in result.out.splitlines() if line.strip()]
+    rows = {line.split(maxsplit=1)[0]: line for line in lines}
     assert describe_machine().torch in rows["torch"]
     assert "float32 100, bfloat16 250 GFLOP/s; bfloat16 is 2.50 times float32" in rows["compute"]
-    for operation, version in choose_kernels(torch.device("cpu"), torch.bfloat16).describe().items():
-        assert version in rows[operation.split("_")[0]]
+    cpu = torch.device("cpu")
+    for purpose in PURPOSES:
+        reasons = passed_over(cpu, torch.bfloat16, purpose)
+        for operation, version in choose_kernels(cpu, torch.bfloat16, purpose).describe().items():
+            start = next(
+                n for n, line in enumerate(lines) if line.startswith(f"{purpose}: {operation.replace('_', ' ')} ")
+            )
+            assert lines[start].endswith(f" {version}")
+            said = " ".join(" ".join(lines[start + 1 :]).split())
+            assert all(f"not {name}: {reason}" in said for name, reason in reasons[operation].items())
 
 
 def test_an_argument_is_refused(abyssal: Callable[..., Any]) -> None:

@@ -34,7 +34,7 @@ def run_passes(model: Transformer) -> list[torch.Tensor]:
 
 
 def prepared(model: Transformer) -> Transformer:
-    model.kernels = choose_kernels(CPU, model.compute_dtype)
+    model.kernels = choose_kernels(CPU, model.compute_dtype, "decode")
     prepare_for_inference(model)
     return model
 

@@ -13,7 +13,7 @@ from abyssal.model import Context, RouterStatistics, next_tokens
 from abyssal.model.mtp import MTPBlock
 from abyssal.ops.kernels import Kernels, choose_kernels
 
-FAST = choose_kernels(torch.device("cpu"), torch.float32)
+FAST = choose_kernels(torch.device("cpu"), torch.float32, "train")
 
 LENGTHS = (6, 4, 5)
 

@@ -14,7 +14,7 @@ from abyssal.config import ModelConfig, load_recipe
 from abyssal.model import Context, RouterStatistics, Transformer, next_tokens
 from abyssal.ops.kernels import Kernels, choose_kernels
 
-FAST = choose_kernels(torch.device("cpu"), torch.float32)
+FAST = choose_kernels(torch.device("cpu"), torch.float32, "train")
 
 LENGTHS = (5, 1, 4)
 

@@ -14,7 +14,7 @@ from abyssal.config import ModelConfig
 from abyssal.model import Context, Transformer
 from abyssal.ops.kernels import Kernels, choose_kernels
 
-FAST = choose_kernels(torch.device("cpu"), torch.float32)
+FAST = choose_kernels(torch.device("cpu"), torch.float32, "train")
 
 transformers = pytest.importorskip("transformers", reason="the oracle of this test is an extra")
 

@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 
-from abyssal.ops.rms_norm import Normalise, lean_rms_norm, rms_norm
+from abyssal.ops.rms_norm import VERSIONS, differentiable_rms_norm, lean_rms_norm
+from abyssal.ops.version import Version
 
-VERSIONS = pytest.mark.parametrize("norm", [rms_norm, lean_rms_norm], ids=lambda version: version.__name__)
+ALL = pytest.mark.parametrize("norm", VERSIONS, ids=lambda version: version.name)
 
 
-@VERSIONS
+@ALL
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (7,)], ids=str)
-def test_rms_norm_equals_the_definition(shape: tuple[int, ...], norm: Normalise) -> None:
+def test_rms_norm_equals_the_definition(shape: tuple[int, ...], norm: Version) -> None:
     generator = torch.Generator().manual_seed(len(shape))
     x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(shape[-1], dtype=torch.float64, generator=generator, requires_grad=True)
@@ -27,6 +28,8 @@ def test_rms_norm_equals_the_definition(shape: tuple[int, ...], norm: Normalise)
     expected = torch.stack(rows).view(shape)
     out = norm(x, weight, eps)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    if "train" not in norm.purposes:
+        return
     for actual, oracle in zip(
         torch.autograd.grad((out * coefficients).sum(), (x, weight)),
         torch.autograd.grad((expected * coefficients).sum(), (x, weight)),
@@ -35,8 +38,8 @@ def test_rms_norm_equals_the_definition(shape: tuple[int, ...], norm: Normalise)
         torch.testing.assert_close(actual, oracle, rtol=1e-9, atol=1e-9)
 
 
-@VERSIONS
-def test_bfloat16_rows_are_normed_in_float32_and_rounded_once_before_the_weight(norm: Normalise) -> None:
+@ALL
+def test_bfloat16_rows_are_normed_in_float32_and_rounded_once_before_the_weight(norm: Version) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 96, generator=generator).bfloat16()
     weight = torch.randn(96, generator=generator)
@@ -46,17 +49,12 @@ def test_bfloat16_rows_are_normed_in_float32_and_rounded_once_before_the_weight(
     assert torch.equal(out, exact.bfloat16() * weight.bfloat16())
 
 
-def test_bfloat16_gradients_are_within_its_rounding() -> None:
-    x, weight, grad = torch.randn(40, 96).bfloat16(), torch.randn(96), torch.randn(40, 96).bfloat16()
-    found, exact = [], []
-    for norm, dtype, gradients in ((lean_rms_norm, torch.bfloat16, found), (rms_norm, torch.float64, exact)):
-        x_in = x.to(dtype).requires_grad_()
-        w_in = weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-        gradients += torch.autograd.grad(norm(x_in, w_in, 1e-6), (x_in, w_in), grad.to(dtype))
-    for actual, oracle in zip(found, exact, strict=True):
-        assert (actual.double() - oracle).norm() < 2**-7 * oracle.norm()
-
-
-@VERSIONS
-def test_zero_rows_stay_zero(norm: Normalise) -> None:
+@ALL
+def test_zero_rows_stay_zero(norm: Version) -> None:
     assert math.isclose(norm(torch.zeros(2, 3), torch.ones(3), 1e-6).abs().sum().item(), 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_decodes_norms_to_the_bits_of_one_that_trains(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(33, 65, generator=torch.Generator().manual_seed(3)).to(dtype), torch.linspace(0.5, 2, 65)
+    assert torch.equal(lean_rms_norm(x, weight, 1e-6), differentiable_rms_norm(x, weight, 1e-6))

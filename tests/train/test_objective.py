@@ -10,7 +10,7 @@ from abyssal.model import Context, Transformer, initialise, next_tokens
 from abyssal.ops.kernels import choose_kernels
 from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
 
-FAST = choose_kernels(torch.device("cpu"), torch.float32)
+FAST = choose_kernels(torch.device("cpu"), torch.float32, "train")
 
 
 def double_model(config: ModelConfig) -> Transformer:

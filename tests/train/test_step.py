@@ -14,7 +14,7 @@ from abyssal.ops.kernels import choose_kernels
 from abyssal.train.optimizer import Optimizers, build_optimizer, clip_gradients
 from abyssal.train.step import train_step
 
-FAST = choose_kernels(torch.device("cpu"), torch.float32)
+FAST = choose_kernels(torch.device("cpu"), torch.float32, "train")
 
 
 @pytest.fixture

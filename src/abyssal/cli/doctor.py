@@ -6,6 +6,8 @@ from __future__ import annotations
 def doctor() -> None:
     """Show this machine, and how a model would run on it: the compute dtype, and the version of each operation.
 
+    For training and for decoding, with the reason for each faster version that is passed over.
+
     The dtype follows from a measurement of about a second.
     """
     import torch
@@ -14,7 +16,8 @@ def doctor() -> None:
 
     from abyssal.machine.describe import describe_machine
     from abyssal.machine.matmul_speed import choose_compute_dtype, measure_matmul
-    from abyssal.ops.kernels import choose_kernels
+    from abyssal.ops.kernels import choose_kernels, passed_over
+    from abyssal.ops.version import PURPOSES
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speed = measure_matmul(device=device.type)
@@ -26,6 +29,10 @@ def doctor() -> None:
         table.add_row(name, value)
     table.add_section()
     table.add_row("compute dtype", choice.reason)
-    for operation, version in choose_kernels(device, choice.dtype).describe().items():
-        table.add_row(operation.replace("_", " "), version)
+    for purpose in PURPOSES:
+        table.add_section()
+        reasons = passed_over(device, choice.dtype, purpose)
+        for operation, chosen in choose_kernels(device, choice.dtype, purpose).describe().items():
+            others = (f"  not {name}: {reason}" for name, reason in reasons[operation].items())
+            table.add_row(f"{purpose}: {operation.replace('_', ' ')}", "\n".join((chosen, *others)))
     Console().print(table, highlight=False)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from abyssal.checkpoint.direct_read import can_read_into, read_into
-from abyssal.checkpoint.fit import Fit
-from abyssal.checkpoint.layout import split_experts
-from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
+from abyssal.checkpoint.hf import ModelReader, load_into, read_model_directory
+from abyssal.checkpoint.hf.direct_read import can_read_into, read_into
+from abyssal.checkpoint.hf.mismatch import Fit
+from abyssal.checkpoint.hf.names import split_experts
 from abyssal.config import ModelConfig
 from abyssal.engine.generation_config import GenerationDefaults, read_generation_defaults
 from abyssal.engine.prepare import prepare_for_inference
@@ -145,7 +145,7 @@ def _materialise(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     Built on the meta device first, so that nothing is ever allocated in another precision.
     """
     with torch.device("meta"):
-        model = Transformer(config, choose_kernels(device, dtype), compute_dtype=dtype)
+        model = Transformer(config, choose_kernels(device, dtype, "decode"), compute_dtype=dtype)
     for module in model.modules():
         # torch.empty, since to_empty's empty_like of a meta tensor imports sympy: a second
         for name, parameter in module.named_parameters(recurse=False):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from abyssal.ops.linear import Product, WeightGradients, cast_once, linear
+from abyssal.ops.version import Version, on_cpu
 
 Experts = Callable[..., Tensor]
 
@@ -222,3 +223,6 @@ class CastExperts:
     def __call__(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """Map rows [M, D], sorted by expert, to their weighted outputs [M, D]."""
         return self.kernel(rows, weights, counts, self.gate_up, self.down, self.deferred)
+
+
+VERSIONS = (Version(segmented_expert_ffn, why_not=on_cpu), Version(expert_ffn))

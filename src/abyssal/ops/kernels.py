@@ -1,57 +1,59 @@
-"""Which version of each operation a model runs: chosen once, handed to the model, printable."""
+"""Which version of each operation a model runs: chosen once, for a device, dtype and purpose, and handed to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 
-from abyssal.ops.attention import Attention, attention, blocked_attention, sdpa_attention
-from abyssal.ops.cross_entropy import CrossEntropy, chunked_linear_cross_entropy, linear_cross_entropy
-from abyssal.ops.experts import Experts, expert_ffn, segmented_expert_ffn
-from abyssal.ops.latent_attention import LatentAttention, batched_latent_attention, latent_attention
-from abyssal.ops.rms_norm import Normalise, lean_rms_norm, rms_norm
+from abyssal.ops import attention, cross_entropy, experts, latent_attention, packed, rms_norm
+from abyssal.ops.version import Purpose, Version
+
+#: The versions of each operation, the fastest first; the definition comes last and serves everywhere.
+OPERATIONS: dict[str, tuple[Version, ...]] = {
+    "attention": attention.VERSIONS,
+    "latent_attention": latent_attention.VERSIONS,
+    "linear": packed.VERSIONS,
+    "experts": experts.VERSIONS,
+    "cross_entropy": cross_entropy.VERSIONS,
+    "log_probabilities": cross_entropy.LOG_PROBABILITIES,
+    "rms_norm": rms_norm.VERSIONS,
+}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One version of every operation that has several; the defaults are the definitions."""
+    """One version of every operation; the defaults are the definitions."""
 
-    attention: Attention = attention
-    latent_attention: LatentAttention = latent_attention
-    experts: Experts = expert_ffn
-    cross_entropy: CrossEntropy = linear_cross_entropy
-    rms_norm: Normalise = rms_norm
+    attention: Version = OPERATIONS["attention"][-1]
+    latent_attention: Version = OPERATIONS["latent_attention"][-1]
+    linear: Version = OPERATIONS["linear"][-1]
+    experts: Version = OPERATIONS["experts"][-1]
+    cross_entropy: Version = OPERATIONS["cross_entropy"][-1]
+    log_probabilities: Version = OPERATIONS["log_probabilities"][-1]
+    rms_norm: Version = OPERATIONS["rms_norm"][-1]
 
     def describe(self) -> dict[str, str]:
-        """Return the chosen function's name for each operation."""
-        return {field.name: getattr(self, field.name).__name__ for field in fields(self)}
+        """Return the name of the version of each operation."""
+        return {field.name: getattr(self, field.name).name for field in fields(self)}
 
 
-Version = Callable[..., torch.Tensor]
-
-#: The versions of each operation, the fastest first; the definition comes last and serves everywhere.
-VERSIONS: dict[str, tuple[Version, ...]] = {
-    "attention": (blocked_attention, sdpa_attention, attention),
-    "latent_attention": (batched_latent_attention, latent_attention),
-    "experts": (segmented_expert_ffn, expert_ffn),
-    "cross_entropy": (chunked_linear_cross_entropy, linear_cross_entropy),
-    "rms_norm": (lean_rms_norm, rms_norm),
-}
-
-
-def why_not(version: Version, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why `version` is not the one for this device and dtype, or None where it can be."""
-    if version is blocked_attention and (device.type != "cpu" or dtype != torch.bfloat16):
-        return "made for bfloat16 on a CPU; elsewhere torch's fused attention is faster"
-    return None
-
-
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+def choose_kernels(device: torch.device, dtype: torch.dtype, purpose: Purpose) -> Kernels:
     """Return the first version of each operation that nothing speaks against."""
-    chosen = {
-        operation: next(version for version in versions if why_not(version, device, dtype) is None)
-        for operation, versions in VERSIONS.items()
-    }
-    return Kernels(**chosen)
+    return Kernels(
+        **{
+            operation: next(v for v in versions if v.why_not_for(purpose, device, dtype) is None)
+            for operation, versions in OPERATIONS.items()
+        }
+    )
+
+
+def passed_over(device: torch.device, dtype: torch.dtype, purpose: Purpose) -> dict[str, dict[str, str]]:
+    """Return for each operation the versions before the chosen one, by name, with what speaks against each."""
+    found: dict[str, dict[str, str]] = {operation: {} for operation in OPERATIONS}
+    for operation, versions in OPERATIONS.items():
+        for version in versions:
+            if (reason := version.why_not_for(purpose, device, dtype)) is None:
+                break
+            found[operation][version.name] = reason
+    return found

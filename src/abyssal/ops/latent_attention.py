@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 
+from abyssal.ops.version import Version, on_cpu
+
 SCORES = 1 << 19  # of a block of prompt tokens: they stay in the cache
 
 LatentAttention = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[int], float], Tensor]
@@ -76,18 +78,18 @@ def batched_latent_attention(
     """`latent_attention` in few, large products of matrices, with the heads as further rows of queries.
 
     Sequences that advance by one token each are taken together, a single one by torch's fused kernel; others one after
-    another, in blocks of tokens whose scores stay in the cache. But for the fused kernel, scores are rounded to
-    q_latent's dtype before the softmax.
+    another, in blocks of tokens whose scores stay in the cache. All in at least fp32.
     """
-    latent = q_latent.shape[-1]
-    queries = torch.cat((q_latent, q_rope), -1)  # [T, H, W]
+    queries = torch.cat((q_latent, q_rope), -1).to(torch.promote_types(q_latent.dtype, torch.float32))  # [T, H, W]
     if len(queries) == 1:
-        keys = cached[0][None, None]  # [1, 1, S, W]; the value is the key, whose rotary part is dropped afterwards
-        return F.scaled_dot_product_attention(queries[None], keys, keys, scale=scale)[0, ..., :latent]
-    if len(queries) == len(cached):
-        return _one_token_each(queries, cached, scale)[..., :latent]
-    parts = zip(queries.split(list(lengths)), cached, strict=True)
-    return torch.cat([o for q, rows in parts for o in _blocks(q, rows, scale)])[..., :latent]
+        keys = cached[0].to(queries.dtype)[None, None]  # [1, 1, S, W]; the value is the key, its rotary part left over
+        o = F.scaled_dot_product_attention(queries[None], keys, keys, scale=scale)[0]
+    elif len(queries) == len(cached):
+        o = _one_token_each(queries, cached, scale)
+    else:
+        parts = zip(queries.split(list(lengths)), cached, strict=True)
+        o = torch.cat([o for q, rows in parts for o in _blocks(q, rows, scale)])
+    return o[..., : q_latent.shape[-1]].to(q_latent.dtype)  # [T, H, C]
 
 
 def _one_token_each(queries: Tensor, cached: Sequence[Tensor], scale: float) -> Tensor:
@@ -112,13 +114,16 @@ def _blocks(queries: Tensor, rows: Tensor, scale: float) -> Iterator[Tensor]:
 
 
 def _attend(queries: Tensor, rows: Tensor, unseen: Tensor, scale: float) -> Tensor:
-    """Attend with [N, Q, W] to [N, S, W], but not where `unseen` [N or 1, Q or 1, S]: [N, Q, W]; softmax in fp32."""
-    scores = torch.bmm(queries, rows.transpose(1, 2)) * scale  # [N, Q, S]
-    weights = scores.masked_fill_(unseen, float("-inf")).softmax(-1, torch.promote_types(scores.dtype, torch.float32))
-    return torch.bmm(weights.to(rows.dtype), rows)
+    """Attend with [N, Q, W] to [N, S, W], but not where `unseen` [N or 1, Q or 1, S]: [N, Q, W] in queries' dtype."""
+    keys = rows.to(queries.dtype)
+    scores = torch.bmm(queries, keys.transpose(1, 2)) * scale  # [N, Q, S]
+    return torch.bmm(scores.masked_fill_(unseen, float("-inf")).softmax(-1), keys)
 
 
 def _future(t: int, rows: Tensor) -> Tensor:
     """Mark what each of the newest t of S tokens must not see: [t, S]."""
     s = len(rows)
     return torch.ones(t, s, dtype=torch.bool, device=rows.device).triu(s - t + 1)
+
+
+VERSIONS = (Version(batched_latent_attention, why_not=on_cpu), Version(latent_attention))

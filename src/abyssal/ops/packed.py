@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from abyssal.ops.linear import linear
+from abyssal.ops.version import Version, decode_only, why_not_bfloat16_products
+
 EXACT = 16  # more rows are rounded up, since each new number of rows costs the library a kernel, which it keeps
 CHUNK = 256  # rows whose fp32 activations stay in the cache
 
@@ -26,9 +29,7 @@ def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the matrix library packs float32 and bfloat16 only"
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return "this build of torch comes without the matrix library (oneDNN)"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this CPU lacks the instructions for bfloat16 products"
-    return None
+    return why_not_bfloat16_products() if dtype == torch.bfloat16 else None
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -90,3 +91,9 @@ def _activate(pre: Tensor, weights: Tensor) -> Tensor:
     """SwiGLU times the routing weight, in the weights' dtype: [m, 2F] -> [m, F] in pre's."""
     gate, up = pre.to(weights.dtype).chunk(2, -1)
     return F.silu(gate).mul_(up).mul_(weights[:, None]).to(pre.dtype)
+
+
+VERSIONS = (
+    decode_only(packed_linear, why_not_packed, prepare=lambda weight, dtype: pack(weight.to(dtype))),
+    Version(linear),
+)

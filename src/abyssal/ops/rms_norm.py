@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abyssal.ops.version import Version, decode_only, on_cpu, train_only
+
 Normalise = Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -30,18 +32,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return h.to(x.dtype) * weight.to(x.dtype)
 
 
-class _LeanRMSNorm(torch.autograd.Function):
+def lean_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` in fewer passes over memory; values only, no gradients."""
+    return _lean(x, weight, eps)[0]
+
+
+def _lean(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result, the normed rows before the weight, and one factor a row [..., 1]."""
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    factor = mean_square.add_(eps).rsqrt_()
+    normed = (h * factor).to(x.dtype)
+    return normed * weight.to(x.dtype), normed, factor
+
+
+class _DifferentiableRMSNorm(torch.autograd.Function):
     """Keeps the normed rows and one factor a row; from these the backward needs a third of autograd's passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        h = x.to(wide)
-        mean_square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        factor = mean_square.add_(eps).rsqrt_()  # [..., 1]
-        normed = (h * factor).to(x.dtype)
+        y, normed, factor = _lean(x, weight, eps)
         ctx.save_for_backward(normed, factor, weight)
-        y: Tensor = normed * weight.to(x.dtype)
         return y
 
     @staticmethod
@@ -55,6 +66,13 @@ class _LeanRMSNorm(torch.autograd.Function):
         return d_x.to(grad.dtype), d_weight, None
 
 
-def lean_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` with a backward of its own in fewer passes over memory; first derivatives only."""
-    return _LeanRMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+def differentiable_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`lean_rms_norm` with a backward of its own in fewer passes over memory; first derivatives only."""
+    return _DifferentiableRMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+VERSIONS = (
+    decode_only(lean_rms_norm, on_cpu),
+    train_only(differentiable_rms_norm, on_cpu),
+    Version(rms_norm),
+)

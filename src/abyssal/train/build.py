@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
+from abyssal.checkpoint.hf import ModelReader, load_into, read_model_directory
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError, UsageError
 from abyssal.model import Transformer, initialise
@@ -90,7 +90,7 @@ def shape_model(config: RunConfig, device: torch.device) -> Transformer:
     """Return the model that is to compute on `device`, on the meta device still: shapes without memory."""
     dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
     with torch.device("meta"):
-        return Transformer(config.model, choose_kernels(device, dtype), compute_dtype=dtype)
+        return Transformer(config.model, choose_kernels(device, dtype, "train"), compute_dtype=dtype)
 
 
 def fill_weights(model: Transformer, config: RunConfig) -> None:
