@@ -131,5 +131,7 @@ def test_a_target_that_does_not_count_teaches_nothing(tiny_config: ModelConfig) 
     counts = torch.ones(1, 8)
     counts[0, 7] = 0.0
     objective = NextTokenObjective(tokens=7, sequences=1, mtp=0.3, balance=0.0)
-    totals = [forward(double_model(tiny_config), objective, MicroBatch(w, (), counts))[0].total for w in (windows, other)]
+    totals = [
+        forward(double_model(tiny_config), objective, MicroBatch(w, (), counts))[0].total for w in (windows, other)
+    ]
     assert totals[0] == totals[1]
