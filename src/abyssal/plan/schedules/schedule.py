@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 
 
-class Kind(StrEnum):
+class ActionKind(StrEnum):
     """What an action does with its chunk."""
 
     FORWARD = "F"
@@ -21,7 +21,7 @@ class Kind(StrEnum):
     BACKWARD_WEIGHT = "W"
 
 
-class Value(StrEnum):
+class ResultKind(StrEnum):
     """What an action leaves behind for others."""
 
     OUTPUT = "output"  # of a stage: the next stage's input, and what its own backward pass needs
@@ -30,10 +30,10 @@ class Value(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One value of one chunk; with `Schedule.route` it tells which tensor goes where."""
+class ChunkResult:
+    """One value of one chunk; with `PipelineSchedule.route` it tells which tensor goes where."""
 
-    value: Value
+    value: ResultKind
     stage: int
     micro_batch: int
 
@@ -50,7 +50,7 @@ class Action:
     at the last rank. A rank that holds a stage for each direction holds two sets of weights.
     """
 
-    kind: Kind
+    kind: ActionKind
     stage: int
     micro_batch: int
     direction: int = 0
@@ -65,20 +65,20 @@ class Action:
         return (self,)
 
     @property
-    def leaves(self) -> Result:
+    def leaves(self) -> ChunkResult:
         """What it makes that another action waits for; of a whole backward pass, the input's gradient."""
         match self.kind:
-            case Kind.FORWARD:
-                value = Value.OUTPUT
-            case Kind.BACKWARD | Kind.BACKWARD_INPUT:
-                value = Value.INPUT_GRADIENT
-            case Kind.BACKWARD_WEIGHT:
-                value = Value.WEIGHT_GRADIENT
-        return Result(value, self.stage, self.micro_batch)
+            case ActionKind.FORWARD:
+                value = ResultKind.OUTPUT
+            case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
+                value = ResultKind.INPUT_GRADIENT
+            case ActionKind.BACKWARD_WEIGHT:
+                value = ResultKind.WEIGHT_GRADIENT
+        return ChunkResult(value, self.stage, self.micro_batch)
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class OverlappedPair:
     """A forward and a whole backward pass of two chunks, executed together: one computes while the other communicates.
 
     Both may begin when both have what they need, and both end together.
@@ -97,20 +97,20 @@ class Pair:
         return (self.forward, self.backward)
 
 
-Cell = Action | Pair
+Cell = Action | OverlappedPair
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class StageMessage:
     """A result that one rank sends to another."""
 
-    result: Result
+    result: ChunkResult
     source: int
     target: int
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScheduledCell:
     """A cell in an order in which a schedule can be executed; `after` are the numbers of the steps it waits for."""
 
     rank: int
@@ -123,7 +123,7 @@ class ScheduleError(ValueError):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """A pipeline schedule: what each rank does, in its order.
 
     `placement[direction][stage]` is the rank that holds the stage for micro-batches of that direction;
@@ -158,26 +158,26 @@ class Schedule:
         """Return which way a micro-batch travels: the first half of DualPipe's go up the ranks, the second down."""
         return micro_batch * len(self.placement) // self.micro_batches
 
-    def rank_of(self, result: Result) -> int:
+    def rank_of(self, result: ChunkResult) -> int:
         """Return the rank that makes a result."""
         return self.placement[self.direction_of(result.micro_batch)][result.stage]
 
-    def needs(self, action: Action) -> tuple[Result, ...]:
+    def needs(self, action: Action) -> tuple[ChunkResult, ...]:
         """Return what must be there before an action begins, its own rank's earlier results included."""
         stage, micro_batch = action.stage, action.micro_batch
-        if action.kind is Kind.FORWARD:
-            return (Result(Value.OUTPUT, stage - 1, micro_batch),) if stage > 0 else ()
-        if action.kind is Kind.BACKWARD_WEIGHT:
-            return (Result(Value.INPUT_GRADIENT, stage, micro_batch),)
-        own = Result(Value.OUTPUT, stage, micro_batch)
+        if action.kind is ActionKind.FORWARD:
+            return (ChunkResult(ResultKind.OUTPUT, stage - 1, micro_batch),) if stage > 0 else ()
+        if action.kind is ActionKind.BACKWARD_WEIGHT:
+            return (ChunkResult(ResultKind.INPUT_GRADIENT, stage, micro_batch),)
+        own = ChunkResult(ResultKind.OUTPUT, stage, micro_batch)
         if stage == self.num_stages - 1:
             return (own,)
-        return (own, Result(Value.INPUT_GRADIENT, stage + 1, micro_batch))
+        return (own, ChunkResult(ResultKind.INPUT_GRADIENT, stage + 1, micro_batch))
 
-    def receives(self, cell: Cell) -> tuple[Message, ...]:
+    def receives(self, cell: Cell) -> tuple[StageMessage, ...]:
         """Return the messages that a cell waits for."""
         return tuple(
-            Message(result, source, target)
+            StageMessage(result, source, target)
             for action in cell.actions
             for target in (self.rank_of(action.leaves),)
             for result in self.needs(action)
@@ -185,31 +185,31 @@ class Schedule:
             if source != target
         )
 
-    def sends(self, cell: Cell) -> tuple[Message, ...]:
+    def sends(self, cell: Cell) -> tuple[StageMessage, ...]:
         """Return the messages that follow a cell: outputs to the next stage, gradients to the one before."""
         return tuple(self._sends(cell))
 
-    def _sends(self, cell: Cell) -> Iterator[Message]:
+    def _sends(self, cell: Cell) -> Iterator[StageMessage]:
         for action in cell.actions:
             result = action.leaves
-            step = {Value.OUTPUT: 1, Value.INPUT_GRADIENT: -1}.get(result.value, 0)
+            step = {ResultKind.OUTPUT: 1, ResultKind.INPUT_GRADIENT: -1}.get(result.value, 0)
             reader = result.stage + step
             if step and 0 <= reader < self.num_stages:
                 source, target = self.rank_of(result), self.placement[self.direction_of(result.micro_batch)][reader]
                 if source != target:
-                    yield Message(result, source, target)
+                    yield StageMessage(result, source, target)
 
     @cached_property
-    def order(self) -> tuple[Step, ...]:
+    def order(self) -> tuple[ScheduledCell, ...]:
         """All cells so that each comes after what it needs, and after those before it on its rank.
 
         Raises:
             ScheduleError: no such order exists; the message names what a rank waits for.
         """
-        steps: list[Step] = []
-        made: dict[Result, int] = {}  # by which step
+        steps: list[ScheduledCell] = []
+        made: dict[ChunkResult, int] = {}  # by which step
         position = [0] * self.num_ranks
-        waiting: defaultdict[Result, list[int]] = defaultdict(list)
+        waiting: defaultdict[ChunkResult, list[int]] = defaultdict(list)
         ready = list(reversed(range(self.num_ranks)))
         while ready:
             rank = ready.pop()
@@ -222,7 +222,7 @@ class Schedule:
                 for action in cell.actions:
                     made[action.leaves] = len(steps)
                     ready += waiting.pop(action.leaves, ())
-                steps.append(Step(rank, cell, tuple(made[need] for need in needs)))
+                steps.append(ScheduledCell(rank, cell, tuple(made[need] for need in needs)))
                 position[rank] += 1
         for rank, cells in enumerate(self.ranks):
             if position[rank] < len(cells):

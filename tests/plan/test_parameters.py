@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from abyssal.config import ModelConfig, load_recipe
-from abyssal.plan import Parts, cache_bytes_per_token, count_parameters
+from abyssal.plan import ParametersByPart, cache_bytes_per_token, count_parameters
 
 V3 = load_recipe("v3_671b").model
 V3_16B = load_recipe("v3_16b").model
@@ -100,7 +100,7 @@ def test_the_count_is_that_of_transformers_model(tiny_config, changes):
     def of(part):
         return sum(size for name, size in sizes.items() if part in name)
 
-    assert count.main == Parts(
+    assert count.main == ParametersByPart(
         embedding=of("embed_tokens"),
         attention=of("self_attn.") - of("a_layernorm"),
         dense_ffn=sum(of(f"layers.{layer}.mlp.") for layer in range(config.first_k_dense_replace)),
@@ -131,7 +131,7 @@ def test_each_mtp_module_counts_the_same(tiny_config):
 
 
 def test_matrices_are_what_a_token_is_multiplied_with():
-    parts = Parts(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    parts = ParametersByPart(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     assert parts.total == 1023
     assert parts.matrices == 1023 - 1 - 64 - 128
 

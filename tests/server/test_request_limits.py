@@ -1,4 +1,4 @@
-"""The gate: bodies that never end, clients that leave, and defects of ours."""
+"""The limits: bodies that never end, clients that leave, and defects of ours."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from abyssal.server import ServerOptions
-from abyssal.server.gate import Gate
+from abyssal.server.request_limits import RequestLimits
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "client": ("127.0.0.1", 5)}
 
 
 def drive(messages: list[Message], application: Any, **options: Any) -> tuple[list[Message], list[tuple[str, int]]]:
-    """Send messages through a gate and return what is answered and counted; more messages never come."""
+    """Send messages through a limits and return what is answered and counted; more messages never come."""
     answered: list[Message] = []
     counted: list[tuple[str, int]] = []
 
@@ -31,8 +31,8 @@ def drive(messages: list[Message], application: Any, **options: Any) -> tuple[li
         answered.append(message)
 
     async def scenario() -> None:
-        gate = Gate(application, ServerOptions(**options), lambda *one: counted.append(one))
-        await asyncio.wait_for(gate(dict(SCOPE), receive, send), 10)
+        limits = RequestLimits(application, ServerOptions(**options), lambda *one: counted.append(one))
+        await asyncio.wait_for(limits(dict(SCOPE), receive, send), 10)
 
     asyncio.run(scenario())
     return answered, counted

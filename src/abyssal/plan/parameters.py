@@ -9,8 +9,8 @@ from abyssal.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Numbers of parameters by part of the network.
+class ParametersByPart:
+    """The number of parameters of each part of the network.
 
     `gate_bias` (`e_score_correction_bias`) is no parameter to the optimizer, but the published totals count it.
     """
@@ -52,10 +52,10 @@ class ParameterCount:
     A token uses the shared experts and `num_experts_per_tok` routed ones; of the rest it uses everything.
     """
 
-    main: Parts
-    mtp: Parts  # what the MTP modules add: embedding and head are those of the main model
-    activated_main: Parts
-    activated_mtp: Parts
+    main: ParametersByPart
+    mtp: ParametersByPart  # what the MTP modules add: embedding and head are those of the main model
+    activated_main: ParametersByPart
+    activated_mtp: ParametersByPart
     copies: int  # embedding and head that the files repeat in each MTP module
 
     @property
@@ -107,10 +107,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     dense_layers = config.first_k_dense_replace
     moe_layers = config.num_hidden_layers - dense_layers
     vocabulary = config.vocab_size * config.hidden_size
-    ends = Parts(embedding=vocabulary, norms=config.hidden_size, head=0 if config.tie_word_embeddings else vocabulary)
-    dense = _attention(config) + Parts(dense_ffn=3 * config.hidden_size * config.intermediate_size)
+    ends = ParametersByPart(
+        embedding=vocabulary, norms=config.hidden_size, head=0 if config.tie_word_embeddings else vocabulary
+    )
+    dense = _attention(config) + ParametersByPart(dense_ffn=3 * config.hidden_size * config.intermediate_size)
     main = ends + dense * dense_layers
-    mtp_ends = Parts(
+    mtp_ends = ParametersByPart(
         norms=3 * config.hidden_size,  # enorm, hnorm, shared_head.norm
         mtp_projection=2 * config.hidden_size**2,
     )
@@ -127,7 +129,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def _attention(config: ModelConfig) -> Parts:
+def _attention(config: ModelConfig) -> ParametersByPart:
     """Count one layer's attention, with the layer's two norms."""
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     queries = heads * config.qk_head_dim
@@ -136,13 +138,13 @@ def _attention(config: ModelConfig) -> Parts:
     projections += hidden * (latent + config.qk_rope_head_dim)  # kv_a_proj_with_mqa
     projections += latent * heads * (config.qk_nope_head_dim + config.v_head_dim)  # kv_b_proj
     projections += heads * config.v_head_dim * hidden  # o_proj
-    return Parts(attention=projections, norms=2 * hidden + latent + (rank or 0))
+    return ParametersByPart(attention=projections, norms=2 * hidden + latent + (rank or 0))
 
 
-def _moe(config: ModelConfig, experts: int) -> Parts:
-    """Count one layer's gate, shared experts and `experts` of its routed ones."""
+def _moe(config: ModelConfig, experts: int) -> ParametersByPart:
+    """Count one layer's router, shared experts and `experts` of its routed ones."""
     expert = 3 * config.hidden_size * config.moe_intermediate_size
-    return Parts(
+    return ParametersByPart(
         routed_experts=expert * experts,
         shared_experts=expert * config.n_shared_experts,
         gate=config.n_routed_experts * config.hidden_size,

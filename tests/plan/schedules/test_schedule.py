@@ -12,9 +12,9 @@ from abyssal.errors import UsageError
 from abyssal.plan.schedules import (
     SCHEDULES,
     Action,
-    Kind,
-    Pair,
-    Schedule,
+    ActionKind,
+    OverlappedPair,
+    PipelineSchedule,
     ScheduleError,
     build_schedule,
     check_schedule,
@@ -37,7 +37,7 @@ def schedules(draw):
 
 def kinds(schedule, rank):
     """A rank's cells as a string, & for a pair."""
-    return "".join("&" if isinstance(cell, Pair) else cell.kind.value for cell in schedule.ranks[rank])
+    return "".join("&" if isinstance(cell, OverlappedPair) else cell.kind.value for cell in schedule.ranks[rank])
 
 
 @settings(deadline=None)
@@ -45,11 +45,11 @@ def kinds(schedule, rank):
 def test_every_schedule_does_all_its_work_once_and_never_deadlocks(schedule):
     check_schedule(schedule)
     passes = Counter(
-        (action.kind in (Kind.FORWARD,), action.stage, action.micro_batch)
+        (action.kind in (ActionKind.FORWARD,), action.stage, action.micro_batch)
         for cells in schedule.ranks
         for cell in cells
         for action in cell.actions
-        if action.kind is not Kind.BACKWARD_WEIGHT
+        if action.kind is not ActionKind.BACKWARD_WEIGHT
     )
     assert len(passes) == 2 * schedule.num_stages * schedule.micro_batches
     assert set(passes.values()) == {1}
@@ -66,16 +66,16 @@ def test_order_respects_dependencies_and_the_order_of_each_rank(schedule):
         position[step.rank] += 1
         for action in step.cell.actions:
             stage, micro_batch = action.stage, action.micro_batch
-            if action.kind is Kind.FORWARD:
+            if action.kind is ActionKind.FORWARD:
                 assert stage == 0 or (stage - 1, micro_batch, "forward") in done
-            elif action.kind is Kind.BACKWARD_WEIGHT:
+            elif action.kind is ActionKind.BACKWARD_WEIGHT:
                 assert (stage, micro_batch, "backward") in done
             else:
                 assert (stage, micro_batch, "forward") in done
                 assert stage == last or (stage + 1, micro_batch, "backward") in done
         for action in step.cell.actions:
-            if action.kind is not Kind.BACKWARD_WEIGHT:
-                what = "forward" if action.kind is Kind.FORWARD else "backward"
+            if action.kind is not ActionKind.BACKWARD_WEIGHT:
+                what = "forward" if action.kind is ActionKind.FORWARD else "backward"
                 done.add((action.stage, action.micro_batch, what))
     assert [position[rank] for rank in range(schedule.num_ranks)] == [len(cells) for cells in schedule.ranks]
 
@@ -218,12 +218,32 @@ def spoiled(rank, change):
     [
         (1, lambda cells: cells.pop(0), "stage 1, micro-batch 0: 0 F, 0 B, 1 I, 1 W"),
         (1, lambda cells: cells.append(cells[0]), "stage 1, micro-batch 0: 2 F, 0 B, 1 I, 1 W"),
-        (2, lambda cells: cells.append(Action(Kind.BACKWARD, 2, 3)), "stage 2, micro-batch 3: 1 F, 1 B, 1 I, 1 W"),
-        (0, lambda cells: cells.append(Action(Kind.FORWARD, 2, 0)), "2F0 on rank 0: rank 2 holds the stage"),
-        (0, lambda cells: cells.append(Action(Kind.FORWARD, 3, 0)), "3F0 on rank 0: no such stage or micro-batch"),
-        (0, lambda cells: cells.append(Action(Kind.FORWARD, 0, 4)), "0F4 on rank 0: no such stage or micro-batch"),
-        (0, lambda cells: cells.append(Action(Kind.FORWARD, 0, 0, 1)), "0F0 on rank 0: its micro-batch goes the other"),
-        (1, lambda cells: cells.append(Pair(cells[0], cells[2])), "1F0&1I0 on rank 1: a pair is a forward and a whole"),
+        (
+            2,
+            lambda cells: cells.append(Action(ActionKind.BACKWARD, 2, 3)),
+            "stage 2, micro-batch 3: 1 F, 1 B, 1 I, 1 W",
+        ),
+        (0, lambda cells: cells.append(Action(ActionKind.FORWARD, 2, 0)), "2F0 on rank 0: rank 2 holds the stage"),
+        (
+            0,
+            lambda cells: cells.append(Action(ActionKind.FORWARD, 3, 0)),
+            "3F0 on rank 0: no such stage or micro-batch",
+        ),
+        (
+            0,
+            lambda cells: cells.append(Action(ActionKind.FORWARD, 0, 4)),
+            "0F4 on rank 0: no such stage or micro-batch",
+        ),
+        (
+            0,
+            lambda cells: cells.append(Action(ActionKind.FORWARD, 0, 0, 1)),
+            "0F0 on rank 0: its micro-batch goes the other",
+        ),
+        (
+            1,
+            lambda cells: cells.append(OverlappedPair(cells[0], cells[2])),
+            "1F0&1I0 on rank 1: a pair is a forward and a whole",
+        ),
         (2, lambda cells: cells.reverse(), "deadlock: rank 0 at 0I0 waits for the input gradient of stage 1"),
     ],
 )
@@ -233,9 +253,9 @@ def test_a_wrong_table_is_found(rank, change, message):
 
 
 def test_a_pair_whose_halves_wait_for_each_other_deadlocks():
-    pair = Pair(Action(Kind.FORWARD, 0, 0), Action(Kind.BACKWARD, 0, 0))
+    pair = OverlappedPair(Action(ActionKind.FORWARD, 0, 0), Action(ActionKind.BACKWARD, 0, 0))
     with pytest.raises(ScheduleError, match="deadlock: rank 0 at 0F0&0B0 waits for the output of stage 0"):
-        check_schedule(Schedule("self", 1, ((0,),), ((pair,),)))
+        check_schedule(PipelineSchedule("self", 1, ((0,),), ((pair,),)))
 
 
 # Sizes that a schedule does not take

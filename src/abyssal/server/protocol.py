@@ -1,7 +1,7 @@
 """The bodies of requests: OpenAI's fields, a few of vLLM's, and `abyssal` for our own.
 
 Types are strict and unknown fields are refused, as OpenAI does: a misspelt field would otherwise change nothing, and
-nobody would notice. Fields that have no influence on the text are taken and have no effect.
+nobody would notice. Fields that have no influence on the text are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
-class Fields(BaseModel):
-    """An object with these fields and no others."""
+class StrictFields(BaseModel):
+    """A JSON object with these fields and no others."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class TextPart(Fields):
+class TextPart(StrictFields):
     """A part of a message; text is the only kind this model reads."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(Fields):
-    """What an assistant called, its arguments as JSON text."""
+class CalledFunction(StrictFields):
+    """A function that the assistant called, with its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
-class ToolCall(Fields):
+class ToolCall(StrictFields):
     """A call that an assistant's message made."""
 
     id: str
@@ -42,7 +42,7 @@ class ToolCall(Fields):
     index: int | None = None
 
 
-class Message(Fields):
+class ChatMessage(StrictFields):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -58,7 +58,7 @@ class Message(Fields):
     function_call: None = None
 
 
-class FunctionDefinition(Fields):
+class FunctionDefinition(StrictFields):
     """A function that the model may call, its parameters as a JSON schema."""
 
     name: Annotated[str, Field(pattern=NAME)]
@@ -67,33 +67,33 @@ class FunctionDefinition(Fields):
     strict: bool | None = None
 
 
-class Tool(Fields):
+class Tool(StrictFields):
     """A tool; functions are the only kind."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class FunctionName(Fields):
+class FunctionName(StrictFields):
     """A function, by name."""
 
     name: str
 
 
-class NamedTool(Fields):
+class NamedTool(StrictFields):
     """The tool that the model must call."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class PlainFormat(Fields):
+class PlainFormat(StrictFields):
     """Text without a form, or any JSON object."""
 
     type: Literal["text", "json_object"]
 
 
-class NamedSchema(Fields):
+class NamedSchema(StrictFields):
     """A JSON schema; it is always followed, `strict` or not."""
 
     name: Annotated[str, Field(pattern=NAME)]
@@ -102,28 +102,28 @@ class NamedSchema(Fields):
     strict: bool | None = None
 
 
-class SchemaFormat(Fields):
+class SchemaFormat(StrictFields):
     """JSON of a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-class StreamOptions(Fields):
-    """What a stream carries beside the text."""
+class StreamOptions(StrictFields):
+    """Options of a streamed response."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class Extension(Fields):
-    """What only this server can tell: `inspect` adds probability, drafts and experts of every token."""
+class Extension(StrictFields):
+    """Our own extension: `inspect` adds the probability, drafts and experts of every token."""
 
     inspect: bool = False
 
 
-class GenerationFields(Fields):
-    """What chat and text completions share."""
+class GenerationRequest(StrictFields):
+    """The fields that chat completions and completions share."""
 
     model: str
     stream: bool | None = None
@@ -147,13 +147,13 @@ class GenerationFields(Fields):
     user: str | None = None
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> GenerationFields:
+    def _stream_options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
         return self
 
 
-class CompletionFields(GenerationFields):
+class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -164,10 +164,10 @@ class CompletionFields(GenerationFields):
     suffix: None = None
 
 
-class ChatFields(GenerationFields):
+class ChatCompletionRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -193,7 +193,7 @@ class ChatFields(GenerationFields):
     web_search_options: None = None
 
     @model_validator(mode="after")
-    def _fields_that_need_another(self) -> ChatFields:
+    def _fields_that_need_another(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only allowed when logprobs is true")
         names = [tool.function.name for tool in self.tools or ()]
