@@ -133,8 +133,8 @@ def tell_apart() -> Parts:
     for planner in (DirectPlanner, NodeLimitedPlanner):
         parts.wrap(planner, "plan", "plan of the dispatch")
     for transfer in (ToExperts, FromExperts):
-        for half in ("start", "finish"):
-            parts.wrap(transfer, half, lambda self: parts.transfers[id(self.volume)])
+        for method in ("start", "finish"):
+            parts.wrap(transfer, method, lambda self: parts.transfers[id(self.volume)])
     for name in ("dispatch", "combine"):
         parts.wrap(LocalDispatcher, f"start_{name}", TRANSFERS[name])
     hooks = ("_pre_forward", "_post_forward", "_pre_backward", "_root_post_backward_final_callback")
