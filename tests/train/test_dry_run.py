@@ -25,7 +25,8 @@ from abyssal.ranks.ranks import Ranks
 from abyssal.train.build import build_run
 from abyssal.train.dry_run import DryRun, dry_run
 from abyssal.train.dry_run.parts import DENSE, EMBEDDING, HEAD, MOE, MTP, build_parts, part_of
-from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
+from abyssal.train.executor import forward
+from abyssal.train.objective import MicroBatch, NextTokenObjective
 from abyssal.train.step import train_step
 from abyssal.train.training_state import TrainingState
 from ranks import run_ranks
@@ -277,12 +278,12 @@ def test_casts_are_the_weights_that_micro_batches_keep_for_their_backward_passes
             kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
         return tensor
 
-    weights = ObjectiveWeights(tokens=24, sequences=1, mtp=0.3, balance=1e-4)
+    objective = NextTokenObjective(tokens=24, sequences=1, mtp=0.3, balance=1e-4)
     begin_step(model, config.parallel)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         windows = torch.randint(320, (2, 1, config.train.sequence_length + 1))
-        held = [micro_batch_loss(model, window, weights) for window in windows]  # so that no storage is used twice
-    assert all(loss.total > 0 for loss in held)
+        held = [forward(model, objective, MicroBatch(window))[0] for window in windows]  # so no storage is used twice
+    assert all(losses.total > 0 for losses in held)
     head = run.parts[HEAD].sum("cast_bytes")  # kept for the step, but by no backward pass
     assert sum(kept.values()) == total(run, "cast_bytes") - head > head > 0
     assert run.stages[0].memory.casts == total(run, "cast_bytes")
