@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,8 @@ def spread_experts(model: nn.Module, config: ParallelConfig, mesh: Mesh) -> None
 def of_local_weights(kernel: Experts) -> Experts:
     """Return `kernel` for stacks that are DTensors, of which it takes this rank's experts."""
 
-    def local(rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return kernel(rows, weights, counts, cast(DTensor, gate_up).to_local(), cast(DTensor, down).to_local())
+    def local(rows: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, *rest: Any) -> Tensor:
+        return kernel(rows, weights, counts, cast(DTensor, gate_up).to_local(), cast(DTensor, down).to_local(), *rest)
 
     local.__name__ = f"local {getattr(kernel, '__name__', kernel)}"
     return local
