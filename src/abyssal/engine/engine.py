@@ -324,7 +324,7 @@ class Engine:
                 sequence.num_computed += count
                 continue
             drafts = sequence.drafts[: places - 1]
-            verifies = sequence.follows_mtp and len(sequence.tokens) > sequence.num_prompt_tokens
+            verifies = sequence.follows_mtp and sequence.is_decoding and len(sequence.tokens) > sequence.num_prompt_tokens
             if verifies:
                 self.draft_statistics.count_pass(len(drafts))
             sequence.num_computed = len(sequence.tokens) - 1

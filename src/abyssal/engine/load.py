@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, ready for `generate`, with its tokenizer and what its directory asks for."""
+    """A model on its device, ready for an engine, with its tokenizer and what its directory asks for."""
 
     model: Transformer
     tokenizer: Tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.layout import HEAD, fold, memory_tensors, mtp_copies, split_experts, split_shapes
+from abyssal.checkpoint.hf.names import HEAD, fold, memory_tensors, mtp_copies, split_experts, split_shapes
 from abyssal.config import ModelConfig
 from abyssal.engine.load import materialise
 from abyssal.engine.prepare import prepare_for_inference
