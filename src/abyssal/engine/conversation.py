@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 
 from abyssal.engine.engine import Engine
@@ -38,6 +39,7 @@ class Conversation:
         self._loaded, self._template, self._parameters = loaded, template, parameters
         self.engine = Engine.of(loaded, EngineOptions.single_stream(num_drafts, share_prefixes=True))
         self._shared_before = 0
+        self._answer: Generator[Output] | None = None
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -56,7 +58,7 @@ class Conversation:
         """Forget everything but the system prompt."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def ask(self, question: str) -> tuple[int, Iterator[Output]]:
+    def ask(self, question: str) -> tuple[int, Generator[Output]]:
         """Add a question, and return the tokens of the whole prompt and the answer, token by token.
 
         The answer is part of the conversation as far as it was taken; one of which nothing was taken is taken back
@@ -76,14 +78,18 @@ class Conversation:
             )
         seed = self._parameters.seed
         parameters = self._parameters if seed is None else replace(self._parameters, seed=seed + self.turns)
+        if self._answer is not None:  # one that was left
+            self._answer.close()
         self._shared_before = self.engine.statistics().shared_tokens_total
-        return len(prompt_ids), self._recorded(messages, self.engine.stream(Request(prompt_ids, parameters)))
+        self._answer = self._recorded(messages, self.engine.stream(Request(prompt_ids, parameters)))
+        return len(prompt_ids), self._answer
 
-    def _recorded(self, messages: list[dict[str, str]], outputs: Iterator[Output]) -> Iterator[Output]:
+    def _recorded(self, messages: list[dict[str, str]], outputs: Generator[Output]) -> Generator[Output]:
         """Yield the outputs of an answer to `messages`, and keep its text in the conversation."""
         answer = {"role": "assistant", "content": ""}
-        for output in outputs:
-            answer["content"] += output.text
-            if output.text or output.finish_reason is not None:
-                self.messages = [*messages, answer]
-            yield output
+        with closing(outputs):
+            for output in outputs:
+                answer["content"] += output.text
+                if output.text or output.finish_reason is not None:
+                    self.messages = [*messages, answer]
+                yield output

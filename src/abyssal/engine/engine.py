@@ -6,7 +6,7 @@ Legend: T packed tokens of a pass, M places to sample at, D hidden, V vocabulary
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -197,7 +197,7 @@ class Engine:
             if not sequence.is_finished:
                 self._scheduler.remove(sequence)
 
-    def stream(self, request: Request) -> Iterator[Output]:
+    def stream(self, request: Request) -> Generator[Output]:
         """Return the outputs of a request as they come, on an engine without other work; leaving them cancels it.
 
         Raises:
@@ -207,7 +207,7 @@ class Engine:
         self.check(request)
         return self._stream(request)
 
-    def _stream(self, request: Request) -> Iterator[Output]:
+    def _stream(self, request: Request) -> Generator[Output]:
         request_id = self.add(request)
         try:
             while self.is_open(request_id):
@@ -324,7 +324,7 @@ class Engine:
                 sequence.num_computed += count
                 continue
             drafts = sequence.drafts[: places - 1]
-            verifies = sequence.follows_mtp and sequence.is_decoding and len(sequence.tokens) > sequence.num_prompt_tokens
+            verifies = sequence.follows_mtp and sequence.is_decoding and sequence.num_new > 0
             if verifies:
                 self.draft_statistics.count_pass(len(drafts))
             sequence.num_computed = len(sequence.tokens) - 1
@@ -346,7 +346,7 @@ class Engine:
         """Sample one token for a sequence and say what it adds; a fault of what the request brought ends it."""
         who = (sequence.request_id, sequence.index)
         scores = None
-        if sequence.scores is not None and len(sequence.tokens) == sequence.num_prompt_tokens:
+        if sequence.scores is not None and sequence.num_new == 0:
             scores = tuple(sequence.scores.tokens)
         if not sequence.generates:
             return Output(*who, None, finish_reason="length", prompt_logprobs=scores)

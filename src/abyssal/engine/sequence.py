@@ -52,6 +52,11 @@ class SequenceState:
         return len(self.tokens) + len(self.drafts) - self.num_computed
 
     @property
+    def num_new(self) -> int:
+        """Tokens behind the prompt."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
     def num_left(self) -> int:
         """Tokens that may still come."""
         return self.max_tokens - len(self.tokens)
