@@ -90,7 +90,7 @@ def test_a_question_whose_answer_never_began_is_taken_back(talk: Talk) -> None:
     conversation = talk(SamplingParameters(30, temperature=0))
     _, chunks = conversation.ask("def")
     assert conversation.messages == []
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     assert conversation.messages == []
 
 

@@ -190,7 +190,7 @@ def test_leaving_a_stream_frees_its_pages_and_one_that_was_never_read_takes_none
     assert not engine.has_work
     next(outputs)
     assert engine.statistics().num_pages_used == 1
-    outputs.close()  # type: ignore[attr-defined]
+    outputs.close()
     assert not engine.has_work
     assert engine.statistics().num_pages_used == 0
     engine.check_integrity()

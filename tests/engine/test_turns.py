@@ -39,7 +39,7 @@ def test_random_turns_on_one_engine_give_what_fresh_engines_give(variant: ModelC
             stop = draw.randint(1, len(wanted))
             outputs = engine.stream(Request(text, parameters))
             found = [output.token for output, _ in zip(outputs, range(stop), strict=False) if output.token]
-            outputs.close()  # type: ignore[attr-defined]
+            outputs.close()
             assert [token.id for token in found] == [token.id for token in wanted[:stop]], seed
             assert [token.logprob for token in found] == pytest.approx([t.logprob for t in wanted[:stop]], abs=1e-9)
             engine.check_integrity()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.hf.names import split_experts
+from abyssal.checkpoint.hf.expert_stacks import split_experts
 from abyssal.config import ModelConfig
 from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters, prepare_for_inference
 from abyssal.errors import UsageError

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.hf.names import HEAD, fold, memory_tensors, mtp_copies, split_experts, split_shapes
+from abyssal.checkpoint.hf.expert_stacks import split_experts, split_shapes
+from abyssal.checkpoint.hf.mismatch import is_finite
+from abyssal.checkpoint.hf.names import HEAD, fold_names, memory_tensors
+from abyssal.checkpoint.hf.released import mtp_copies
 from abyssal.config import ModelConfig
 from abyssal.engine.load import materialise
 from abyssal.engine.prepare import prepare_for_inference
@@ -53,9 +56,9 @@ def _checked(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> dict
             raise UsageError(f"weights: {name}: comes twice")
         if tuple(tensor.shape) != shapes[name]:
             raise UsageError(f"weights: {name}: has the shape {list(tensor.shape)}, must have {list(shapes[name])}")
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise UsageError(f"weights: {name}: has values that are not finite")
         tensors[name] = tensor
     if missing := shapes.keys() - tensors.keys():
-        raise UsageError(f"weights: missing: {', '.join(fold(name for name in shapes if name in missing))}")
+        raise UsageError(f"weights: missing: {', '.join(fold_names(name for name in shapes if name in missing))}")
     return tensors
