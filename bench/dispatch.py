@@ -32,7 +32,7 @@ from abyssal.ops.experts import segmented_expert_ffn
 from abyssal.parallel.dispatch import CommunicationVolume, expert_parallel_dispatcher
 from abyssal.parallel.dispatch.all_to_all import exchange_counts
 from abyssal.parallel.dispatch.payload import Fp8Payload, PlainPayload
-from abyssal.parallel.dispatch.transfer import AsyncTransfer, FromExperts, ToExperts
+from abyssal.parallel.dispatch.transfer import FromExperts, ToExperts
 from abyssal.parallel.layout import RankLayout
 from record import record
 
@@ -118,7 +118,7 @@ def measure(shape: Shape, path: str, dtype: str, repeats: int) -> dict[str, Any]
         rows = segmented_expert_ffn(received.rows, received.row_weights, received.counts, *stacks)
         return dispatcher.finish_combine(dispatcher.start_combine(rows, received.origin))
 
-    def run(transfer: AsyncTransfer, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def run(transfer: ToExperts | FromExperts, *tensors: Tensor) -> tuple[Tensor, ...]:
         transfer.start(*tensors)
         return transfer.finish()
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.layout import memory_tensors
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
+from abyssal.checkpoint.hf.names import memory_tensors
 from abyssal.config import ModelConfig
 from abyssal.text.tokenizer import Tokenizer
 from abyssal.text.tokenizer_config import write_tokenizer_config

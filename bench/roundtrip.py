@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.layout import memory_tensors
-from abyssal.checkpoint.model_directory import load_into, read_model_directory, write_model_directory
+from abyssal.checkpoint.hf import load_into, read_model_directory, write_model_directory
+from abyssal.checkpoint.hf.names import memory_tensors
 from abyssal.config import ModelConfig
 from abyssal.model import Context, Transformer
 

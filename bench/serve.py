@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
 from abyssal.config import load_recipe
 from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters, load_model
 from abyssal.machine.describe import available_cores

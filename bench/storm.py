@@ -47,7 +47,7 @@ def write_model(folder: Path) -> None:
     """Write a model directory of random numbers, with an MTP module."""
     import torch
 
-    from abyssal.checkpoint.model_directory import write_model_directory
+    from abyssal.checkpoint.hf import write_model_directory
     from abyssal.config import ModelConfig
     from abyssal.model import Transformer, initialise
     from abyssal.text.tokenizer import Tokenizer

@@ -55,7 +55,7 @@ def model_folder(tmp_path: Path, tiny_config: ModelConfig) -> Path:
     """A model directory of random numbers that asks for temperature 0.9."""
     import torch
 
-    from abyssal.checkpoint.model_directory import write_model_directory
+    from abyssal.checkpoint.hf import write_model_directory
     from abyssal.model import Transformer, initialise
     from abyssal.text.tokenizer import Tokenizer
     from abyssal.text.tokenizer_config import write_tokenizer_config

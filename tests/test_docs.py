@@ -346,7 +346,7 @@ def test_readme_lists_every_folder_on_its_floor() -> None:
     assert set(floors) == packages | {"errors"}
 
 
-# Fields, metrics, sentences
+# StrictFields, metrics, sentences
 
 
 def sections() -> dict[str, Any]:
@@ -415,14 +415,14 @@ def test_every_sampling_parameter_is_in_the_table_with_its_default() -> None:
 
 
 def test_every_field_of_a_request_is_in_the_table() -> None:
-    from abyssal.server.fields import ChatFields, CompletionFields
+    from abyssal.server.protocol import ChatCompletionRequest, CompletionRequest
 
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     table = text.partition("## Fields of a request")[2].partition("`usage` counts")[0]
     cells = re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
     names = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
     assert len(names) == len(set(names))
-    assert set(names) == {*ChatFields.model_fields, *CompletionFields.model_fields}
+    assert set(names) == {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
 
 
 def test_every_field_of_a_line_of_a_batch_is_in_the_table() -> None:
@@ -435,12 +435,12 @@ def test_every_field_of_a_line_of_a_batch_is_in_the_table() -> None:
 
 def test_every_metric_of_the_server_is_named() -> None:
     from abyssal.engine import EngineStatistics
-    from abyssal.server.metrics import Metrics
+    from abyssal.server.metrics import ServerMetrics
 
     numbers = {field.name: 1 for field in fields(EngineStatistics)} | {"drafted": (2,), "accepted": (1,)}
-    metrics = Metrics("any", lambda: EngineStatistics(**numbers))
-    metrics.count_answer("/", 200)
-    metrics.count_ended("stop")
+    metrics = ServerMetrics("any", lambda: EngineStatistics(**numbers))
+    metrics.count_response("/", 200)
+    metrics.count_finished("stop")
     families = dict(re.findall(r"^# TYPE (\S+) (\w+)$", metrics.text().decode(), re.MULTILINE))
     served = {name for name in families if not name.endswith("_created")}
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from abyssal.checkpoint.layout import memory_tensors
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
+from abyssal.checkpoint.hf.names import memory_tensors
 from abyssal.config import ModelConfig
 
 TINY = {

@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_without_losing_or_repeating_a_line(
     assert main(arguments) == 0
     assert "of 13 lines are answered already" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == whole
-    monkeypatch.setattr(batch, "answer_batch", None)  # nothing is left to be done
+    monkeypatch.setattr(batch, "run_batch", None)  # nothing is left to be done
     assert main(arguments) == 0
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from gguf import GGUFReader
 
-from abyssal.checkpoint.gguf_file import DTYPES
+from abyssal.checkpoint.gguf.write import DTYPES
 from abyssal.cli.convert import GgufType
 
 Call = Callable[..., Any]

@@ -53,7 +53,7 @@ def test_folder_made_from_something_else_is_refused(abyssal: Call, small_recipe:
         (["--out", "data", "--set", 'data.corpus=["gone"]'], 1, "data.corpus='gone': no such file or folder"),
         (["--out", "data", "--set", "data.corpus=[]"], 1, "data.corpus=[]: must name folders, text files or .jsonl"),
         (["--out", "data", "--set", 'tokenizer.path="gone.json"'], 1, "gone.json: no such file"),
-        (["--out", "small.toml"], 1, "small.toml: cannot be written"),
+        (["--out", "small.toml"], 1, "small.toml: cannot prepare the data here"),
         (["--out", "data", "--workers", "-1"], 2, "Invalid value for '--workers'"),
         ([], 2, "Missing option '--out'"),
     ],

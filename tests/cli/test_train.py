@@ -105,7 +105,7 @@ UNKNOWN = "there are demo, v3_16b, v3_671b, v3_671b_128k, v3_671b_32k, or give a
             2,
             "--set seed=1: a resumed run keeps the recipe",
         ),
-        (["RECIPE", "--out", "file"], 1, "file/data: cannot be written"),
+        (["RECIPE", "--out", "file"], 1, "file/data: cannot prepare the data here"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )

@@ -12,7 +12,6 @@ from abyssal.data.corpus import split_of
 from abyssal.data.manifest import MANIFEST_NAME, DatasetManifest
 from abyssal.data.prepare import prepare
 from abyssal.data.shards import Shards
-from abyssal.data.whole_file import PARTIAL
 from abyssal.errors import DataError
 from abyssal.text.special_tokens import USER
 from abyssal.text.tokenizer import Tokenizer
@@ -166,21 +165,20 @@ def test_damage_is_found_before_data_is_used_again(corpus: Path, tmp_path: Path)
         prepare(config(corpus), TRAINED, VOCAB, out, seed=3)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 @pytest.mark.parametrize("name", ["tokenizer.json", MANIFEST_NAME])
 def test_full_disk_is_one_sentence_and_leaves_no_manifest(corpus: Path, tmp_path: Path, name: str, monkeypatch) -> None:
     out = tmp_path / "data"
     out.mkdir()
-    real = Path.open
 
-    def open_on_full_disk(path: Path, *args, **kwargs):
-        return real(Path("/dev/full") if path.name == name + PARTIAL else path, *args, **kwargs)
+    def full(path: Path) -> None:
+        if path.name.startswith(f".{name}."):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", open_on_full_disk)
-    with pytest.raises(DataError, match=rf"{name}: no space left on this disk"):
+    monkeypatch.setattr("abyssal.files.atomic.flush", full)
+    with pytest.raises(DataError, match=rf"{name}: cannot write it \(No space left on device; free some space"):
         prepare(config(corpus), TRAINED, VOCAB, out, seed=3)
     assert not (out / MANIFEST_NAME).exists()
-    assert not list(out.glob(f"*{PARTIAL}"))
+    assert not list(out.glob(".*"))
 
 
 def test_disk_that_fills_up_in_a_shard_is_one_sentence(corpus: Path, tmp_path: Path, monkeypatch) -> None:
@@ -189,7 +187,9 @@ def test_disk_that_fills_up_in_a_shard_is_one_sentence(corpus: Path, tmp_path: P
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"train-\d+\.\w+\.npy: no space left on this disk"):
+    with pytest.raises(
+        DataError, match=r"train-\d+\.\w+\.npy: cannot write it \(No space left on device; free some space"
+    ):
         prepare(config(corpus), TRAINED, VOCAB, tmp_path / "data", seed=3)
     assert not (tmp_path / "data" / MANIFEST_NAME).exists()
 
@@ -198,7 +198,7 @@ def test_an_interrupted_preparation_is_begun_anew_and_nothing_else_is_touched(co
     prepare(config(corpus), TRAINED, VOCAB, tmp_path / "whole", seed=3)
     out = tmp_path / "data"
     out.mkdir()
-    for name in ("train-00099.tokens.npy", "validation-00000.bytes.npy.partial", "notes.txt", "train-1.txt"):
+    for name in ("train-00099.tokens.npy", ".validation-00000.bytes.npy.writing-0a1b2c3d", "notes.txt", "train-1.txt"):
         (out / name).write_text("left over")
     prepare(config(corpus), TRAINED, VOCAB, out, seed=3)
     kept = content(out)
@@ -215,7 +215,7 @@ def test_nothing_left_for_training_is_refused(tmp_path: Path) -> None:
 
 def test_out_that_is_a_file_is_refused(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data").touch()
-    with pytest.raises(DataError, match=r"data: cannot be written"):
+    with pytest.raises(DataError, match=r"data: cannot prepare the data here"):
         prepare(config(corpus), TRAINED, VOCAB, tmp_path / "data", seed=3)
 
 

@@ -10,7 +10,6 @@ from abyssal.config.run import DataConfig, TokenizerConfig
 from abyssal.data import encode
 from abyssal.data.manifest import MANIFEST_NAME
 from abyssal.data.prepare import UNFINISHED, prepare
-from abyssal.data.whole_file import PARTIAL
 
 VOCAB = 300
 #: Prepares data, and kills itself without a warning as file number sys.argv[3] gets its name.
@@ -99,4 +98,4 @@ def test_other_inputs_begin_anew(corpus: Path, tmp_path: Path, encoded, change: 
     prepare(config(corpus, **fields), TokenizerConfig(), VOCAB, tmp_path / "whole", seed=seed)
     assert content(tmp_path / "data") == content(tmp_path / "whole")
     names = {path.name for path in (tmp_path / "data").iterdir()}
-    assert not any(name.endswith(PARTIAL) or name == UNFINISHED for name in names)
+    assert not any(".writing-" in name or name == UNFINISHED for name in names)

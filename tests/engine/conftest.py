@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
 from abyssal.config import ModelConfig, RopeScaling
 from abyssal.engine import use_latent_cache
 from abyssal.model import Transformer, initialise

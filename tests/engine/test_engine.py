@@ -22,7 +22,7 @@ from abyssal.engine import (
 )
 from abyssal.engine.drafter import BatchDrafter
 from abyssal.engine.engine import Engine, EngineOptions
-from abyssal.engine.request import Continuation, Output, Request
+from abyssal.engine.request import Output, Request, SequenceState
 from abyssal.engine.speculate import MTPDrafter
 from abyssal.model import Transformer
 
@@ -102,14 +102,14 @@ class StubDrafter:
     def __init__(self, inner: BatchDrafter, rule: Callable[[int, int], int], future: Mapping[int, list[int]]) -> None:
         self.inner, self.rule, self.future = inner, rule, future
 
-    def draft(self, wanted: Mapping[Continuation, int]) -> None:
+    def draft(self, wanted: Mapping[SequenceState, int]) -> None:
         self.inner.draft(wanted)
-        for continuation, count in wanted.items():
-            assert len(continuation.drafts) == count
-            said = len(continuation.tokens) - continuation.num_prompt_tokens
-            coming = self.future[continuation.request_id][said : said + count]
+        for sequence, count in wanted.items():
+            assert len(sequence.drafts) == count
+            said = len(sequence.tokens) - sequence.num_prompt_tokens
+            coming = self.future[sequence.request_id][said : said + count]
             assert len(coming) == count, "a draft behind the last token"
-            continuation.drafts = [self.rule(place, token) for place, token in enumerate(coming)]
+            sequence.drafts = [self.rule(place, token) for place, token in enumerate(coming)]
 
 
 def collect(outputs: Sequence[Output], texts: dict[int, list[int]]) -> None:
@@ -259,7 +259,7 @@ def test_a_prompt_that_was_computed_before_is_not_computed_again(world: World) -
 def test_pages_are_shared_among_texts_that_the_mtp_layers_follow_and_among_the_others(world: World) -> None:
     engine = Engine(world.model, EngineOptions(page_tokens=4, num_drafts=1))
     for follows, shared in ((False, 0), (True, 0), (True, 20), (False, 20)):
-        engine._payoff.follows = lambda running, follows=follows: follows  # type: ignore[method-assign, misc]
+        engine._adaptive.follows = lambda running, follows=follows: follows  # type: ignore[method-assign, misc]
         before = engine.statistics().shared_tokens_total
         request = engine.add(Request(PROMPTS[5], ASKED["greedy"]))
         assert run(engine)[request] == world.alone(5, "greedy")
@@ -269,7 +269,7 @@ def test_pages_are_shared_among_texts_that_the_mtp_layers_follow_and_among_the_o
 def test_continuations_of_one_request_share_its_prompt_and_have_seeds_of_their_own(world: World) -> None:
     parameters = SamplingParameters(9, temperature=1.4, seed=31)
     engine = Engine(world.model, EngineOptions(page_tokens=4, num_drafts=1, adapt_drafts=False))
-    engine.add(Request(PROMPTS[5], parameters, num_continuations=4))
+    engine.add(Request(PROMPTS[5], parameters, num_sequences=4))
     texts: dict[int, list[int]] = {}
     while engine.has_work:
         for output in engine.step():
@@ -287,7 +287,7 @@ def test_cancelling_frees_every_continuation_at_any_moment(world: World) -> None
     for steps in range(12):
         engine = Engine(world.model, EngineOptions(page_tokens=3, num_drafts=2, max_running=2, max_step_tokens=9))
         kept = engine.add(Request(PROMPTS[3], ASKED["greedy"]))
-        gone = engine.add(Request(PROMPTS[5], ASKED["long"], num_continuations=3))
+        gone = engine.add(Request(PROMPTS[5], ASKED["long"], num_sequences=3))
         texts: dict[int, list[int]] = {}
         for _ in range(steps):
             collect(engine.step(), texts)
@@ -358,12 +358,12 @@ def test_drafts_are_those_of_a_single_text_however_it_is_cut_shared_or_preempted
         )
         inner = engine._drafter.draft
 
-        def look(wanted: Mapping[Continuation, int], inner: Any = inner) -> None:
+        def look(wanted: Mapping[SequenceState, int], inner: Any = inner) -> None:
             nonlocal compared
             inner(wanted)
-            for continuation in wanted:
-                made = continuation.drafts
-                alone = seen.get(tuple(continuation.tokens), [])
+            for sequence in wanted:
+                made = sequence.drafts
+                alone = seen.get(tuple(sequence.tokens), [])
                 compared += bool(made and alone)
                 assert made[: len(alone)] == alone[: len(made)] or not alone
 

@@ -21,7 +21,7 @@ from abyssal.engine import (
     load_model,
     stream_text,
 )
-from abyssal.engine.request import Continuation
+from abyssal.engine.request import SequenceState
 from abyssal.errors import UsageError
 from abyssal.model import Context, Transformer
 from abyssal.ops.routing import affinities, choose_experts
@@ -48,11 +48,11 @@ def always_right(engine: Engine, future: Mapping[int, list[int]]) -> None:
     """Let every draft be the token that will be said."""
     inner = engine._drafter.draft
 
-    def draft(wanted: Mapping[Continuation, int]) -> None:
+    def draft(wanted: Mapping[SequenceState, int]) -> None:
         inner(wanted)
-        for continuation, count in wanted.items():
-            said = len(continuation.tokens) - continuation.num_prompt_tokens
-            continuation.drafts = future[continuation.request_id][said : said + count]
+        for sequence, count in wanted.items():
+            said = len(sequence.tokens) - sequence.num_prompt_tokens
+            sequence.drafts = future[sequence.request_id][said : said + count]
 
     engine._drafter.draft = draft  # type: ignore[method-assign]
 
@@ -110,7 +110,7 @@ def test_several_texts_of_a_request_end_each_for_itself(loaded: LoadedModel) -> 
     engine = Engine.of(loaded, SMALL)
     ids = loaded.encode_prompt("def f(x):")
     parameters = SamplingParameters(10, temperature=1.5, seed=3, stop=("e",))
-    request_id = engine.add(Request(ids, parameters, num_continuations=5))
+    request_id = engine.add(Request(ids, parameters, num_sequences=5))
     told = run(engine)
     assert sorted(told) == [(request_id, index) for index in range(5)]
     for index in range(5):
@@ -212,7 +212,7 @@ def test_a_constraint_holds_at_every_place_of_a_verification(tiny_config: ModelC
         ({"prompt_ids": []}, "prompt: has no tokens"),
         ({"prompt_ids": [97]}, "prompt: token id 97 is not one of the model's, 0 to 96"),
         ({"prompt_ids": [1] * 64}, "prompt: has 64 tokens, but the model can attend to 64"),
-        ({"num_continuations": 0}, "num_continuations=0: must be at least 1"),
+        ({"num_sequences": 0}, "num_sequences=0: must be at least 1"),
         ({"parameters": SamplingParameters(stop=("x",))}, "stop: needs a tokenizer"),
         ({"parameters": SamplingParameters(logit_bias=((97, 1.0),))}, "logit_bias: token id 97 is not one"),
         ({"prompt_ids": [1] * 30}, "prompt: 30 tokens and 34 new ones do not fit the latent cache of 40 tokens"),
@@ -262,8 +262,8 @@ def test_a_model_that_does_not_write_to_the_cache_is_found(tiny_config: ModelCon
 def test_drafts_stop_where_they_do_not_pay_and_the_text_stays_the_same(tiny_config: ModelConfig, build: Build) -> None:
     model = build(tiny_config, dtype=torch.float32)
     engine = Engine(model, EngineOptions(page_tokens=4, num_drafts=1))
-    observe = engine._payoff.observe
-    engine._payoff.observe = lambda running, drafts, tokens, **_: observe(  # type: ignore[method-assign]
+    observe = engine._adaptive.observe
+    engine._adaptive.observe = lambda running, drafts, tokens, **_: observe(  # type: ignore[method-assign]
         running, drafts, tokens, pass_s=3.0 if drafts else 1.0, draft_s=1.0
     )
     parameters = SamplingParameters(55, temperature=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from abyssal.config import ModelConfig
-from abyssal.engine.paged_cache import PagedLatentCache, Span
+from abyssal.engine.paged_cache import PagedLatentCache, TokenRange
 from abyssal.ops.latent_attention import PaddedLatents
 
 
@@ -32,7 +32,7 @@ def test_texts_read_what_was_written_for_them(
     for number, cut in enumerate(cuts):
         parts = [(text, count) for text, count in enumerate(cut) if count]
         starts = {text: len(written[text, 0]) for text, _ in parts}
-        ctx = cache.begin([Span(tables[text], starts[text], count) for text, count in parts], first_layer=1)
+        ctx = cache.begin([TokenRange(tables[text], starts[text], count) for text, count in parts], first_layer=1)
         assert ctx.lengths == tuple(count for _, count in parts)
         assert ctx.positions.tolist() == [p for text, n in parts for p in range(starts[text], starts[text] + n)]
         assert ctx.cache is not None
@@ -49,7 +49,7 @@ def test_pages_side_by_side_are_read_where_they_lie(tiny_config: ModelConfig) ->
     cache = PagedLatentCache(tiny_config, 9, 4, torch.float32, "cpu")
     width = tiny_config.kv_lora_rank + tiny_config.qk_rope_head_dim
     for pages, is_view in (([3, 4, 5], True), ([3, 5, 4], False)):
-        ctx = cache.begin([Span(pages, 0, 9)])
+        ctx = cache.begin([TokenRange(pages, 0, 9)])
         assert ctx.cache is not None
         new = numbers(9, width, 1)
         (read,) = ctx.cache.append(0, new[:, : tiny_config.kv_lora_rank], new[:, tiny_config.kv_lora_rank :])

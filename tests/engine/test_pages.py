@@ -7,18 +7,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from abyssal.engine.pages import ROOT, Content, PagePool, chain_key
+from abyssal.engine.pages import ROOT_HASH, PageContent, PagePool, hash_page
 
 
 def fill(pool: PagePool, table: list[int], tokens: list[int], lookahead: int = 0) -> None:
     """Keep every full page of a table."""
-    key = ROOT
+    key = ROOT_HASH
     for number, page in enumerate(table):
         end = (number + 1) * pool.page_tokens
         part = tuple(tokens[end - pool.page_tokens : end + lookahead])
         if len(part) == pool.page_tokens + lookahead:
-            key = chain_key(key, part)
-            pool.keep(page, Content(key, part))
+            key = hash_page(key, part)
+            pool.cache_page(page, PageContent(key, part))
 
 
 class Tables(RuleBasedStateMachine):
@@ -137,8 +137,8 @@ def test_equal_keys_of_other_tokens_are_told_apart(monkeypatch: pytest.MonkeyPat
     pool = PagePool(4, 2)
     pages = pool.allocate(1)
     assert pages is not None
-    monkeypatch.setattr("abyssal.engine.pages.chain_key", lambda parent, tokens: b"one for all")
-    pool.keep(pages[0], Content(b"one for all", (1, 2)))
+    monkeypatch.setattr("abyssal.engine.pages.hash_page", lambda parent, tokens: b"one for all")
+    pool.cache_page(pages[0], PageContent(b"one for all", (1, 2)))
     assert pool.find([1, 2], 0) == pages
     assert pool.find([1, 3], 0) == []
 
@@ -158,7 +158,7 @@ def test_a_broken_rule_is_named() -> None:
     pool = PagePool(3, 2)
     pool.allocate(1)
     pool._references[0] = 0
-    with pytest.raises(RuntimeError, match="pages: broken: a page is in use, kept or empty, and one of these"):
+    with pytest.raises(RuntimeError, match="pages: broken: a page is in use, cached or empty, and one of these"):
         pool.check_integrity()
 
 

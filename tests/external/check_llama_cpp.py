@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from abyssal.checkpoint.gguf_file import DTYPES, write_gguf
+from abyssal.checkpoint.gguf.write import DTYPES, write_gguf
 from abyssal.config import ModelConfig, RopeScaling
 from abyssal.engine import SamplingParameters, generate, load_model
 from abyssal.text.tokenizer import Tokenizer

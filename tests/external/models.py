@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from abyssal.checkpoint.layout import BIAS, memory_tensors
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
+from abyssal.checkpoint.hf.names import BIAS, memory_tensors
 from abyssal.config import ModelConfig
 from abyssal.model import Context, Transformer
 from abyssal.text.tokenizer import Tokenizer

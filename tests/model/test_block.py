@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.model import Block, Context, RouterStatistics, Transformer
+from abyssal.model import Block, Context, RouterStatistics, Transformer, prepare_weights
 from abyssal.model.block import map_tensors, tensors
+from abyssal.ops.linear import WeightGradients
 from ranks.cut import CUTS, cut_block, interleave
 
 LENGTHS = ((5, 3), (2, 4, 3))
@@ -50,18 +51,22 @@ def gradients(block: Block) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(cut) or "uncut")
 @pytest.mark.parametrize("kind", ["dense", "mixture", "mtp"])
+@pytest.mark.parametrize("prepared", [False, True], ids=["cast on use", "prepared, dW deferred"])
 @pytest.mark.parametrize("seed", range(2), ids="seed{}".format)
 def test_two_micro_batches_interleaved_piece_by_piece_equal_the_block(
-    seed: int, kind: str, cut: tuple[str, ...], draw_config: Any, build: Any
+    seed: int, prepared: bool, kind: str, cut: tuple[str, ...], draw_config: Any, build: Any
 ) -> None:
-    """Forward of one beside backward of the other, as a pipeline overlaps them."""
+    """Forward of one beside backward of the other, as a pipeline overlaps them, weight gradients last."""
     model, block = draw(kind, seed, draw_config, build)
     drawn = [draw_input(model, seed + number, lengths) for number, lengths in enumerate(LENGTHS)]
     expected = [uncut(block, *one) for one in drawn]
     oracle = gradients(block)
 
+    deferred = WeightGradients()
+    if prepared:
+        prepare_weights(model, deferred)
     chains = [cut_block(block, cut, x, ctx) for x, _, ctx in drawn]
-    d_inputs = interleave(*chains, *(outward for _, outward, _ in drawn))
+    d_inputs = interleave(*chains, *(outward for _, outward, _ in drawn), deferred)
     for chain, d_input, (y, d_x) in zip(chains, d_inputs, expected, strict=True):
         assert torch.equal(chain.state, y)
         torch.testing.assert_close(d_input, d_x, rtol=1e-12, atol=1e-12)

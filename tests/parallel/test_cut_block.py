@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from abyssal.config import ModelConfig
 from abyssal.config.parallel import ParallelConfig
-from abyssal.model import Block, Context, RouterStatistics, Transformer
+from abyssal.model import (
+    Block,
+    Context,
+    RouterStatistics,
+    Transformer,
+    drop_prepared_weights,
+    prepare_weights,
+)
+from abyssal.ops.linear import WeightGradients
 from abyssal.parallel.apply import spread_experts
 from abyssal.parallel.layout import RankLayout
 from abyssal.parallel.mesh import Mesh
@@ -109,9 +118,14 @@ def run_cuts(node_size: int) -> None:
         rank = dist.get_rank()
         batches = micro_batches(model, rank)
         expected, oracle = in_one_process(rank, dist.get_world_size())
-        for cut in CUTS:
+        deferred = WeightGradients()
+        for cut, prepared in product(CUTS, (False, True)):
+            if prepared:
+                prepare_weights(model, deferred)
+            else:
+                drop_prepared_weights(model)
             chains = [cut_block(block, cut, x, ctx) for x, _, ctx in batches]
-            d_inputs = interleave(*chains, *(d_y for _, d_y, _ in batches))
+            d_inputs = interleave(*chains, *(d_y for _, d_y, _ in batches), deferred)
             for chain, d_input, (y, d_x) in zip(chains, d_inputs, expected, strict=True):
                 torch.testing.assert_close(chain.state, y, rtol=1e-9, atol=1e-9)
                 torch.testing.assert_close(d_input, d_x, rtol=1e-9, atol=1e-9)

@@ -19,7 +19,7 @@ from abyssal.plan.inference import (
     mtp_ceiling,
     prefill_rate,
     step_bytes,
-    units,
+    unit_sizes,
 )
 
 V3 = load_recipe("v3_671b").model
@@ -118,10 +118,10 @@ def test_published_rates_lie_below_the_ceilings() -> None:
 
 
 def test_units_are_the_reports_where_they_can_be() -> None:
-    assert units(V3, H800) == (32, 320)
-    assert units(V3, parse_cluster("h800:64", packaged_chips())) == (32, 64)
-    assert units(load_recipe("v3_16b").model, H800) == (32, 64)
-    assert units(load_recipe("demo").model, parse_cluster("h100:1", packaged_chips())) == (1, 1)
+    assert unit_sizes(V3, H800) == (32, 320)
+    assert unit_sizes(V3, parse_cluster("h800:64", packaged_chips())) == (32, 64)
+    assert unit_sizes(load_recipe("v3_16b").model, H800) == (32, 64)
+    assert unit_sizes(load_recipe("demo").model, parse_cluster("h100:1", packaged_chips())) == (1, 1)
 
 
 def test_facts_of_a_model_without_mtp_on_one_device_have_neither_ceiling_nor_bound() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from abyssal.config import ModelConfig, load_recipe
 from abyssal.errors import UsageError
 from abyssal.plan.hardware import packaged_chips, parse_cluster
-from abyssal.plan.layout import PUBLISHED, Layout, assign_stages, check_layout, divisors, micro_batches
+from abyssal.plan.layout import PUBLISHED, Layout, assign_stages, check_layout, count_micro_batches, divisors
 
 TIMES = {"layer": 1.0, "mtp": 1.3, "head": 1.7}
 
@@ -52,9 +52,9 @@ def test_fp8_on_a_chip_without_it_is_refused() -> None:
 
 def test_batch_that_does_not_divide_names_its_neighbours() -> None:
     run, cluster = load_recipe("v3_671b"), parse_cluster("h800:2048", packaged_chips())
-    assert micro_batches(PUBLISHED, run, cluster, 15360) == 120
+    assert count_micro_batches(PUBLISHED, run, cluster, 15360) == 120
     with pytest.raises(UsageError, match=r"128 \* 1 = 128; nearest: 15360, 15488"):
-        micro_batches(PUBLISHED, run, cluster, 15400)
+        count_micro_batches(PUBLISHED, run, cluster, 15400)
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abyssal.errors import UsageError
-from abyssal.plan.placement import Placement, in_order, place_experts
+from abyssal.plan.placement import Placement, place_experts, placement_in_order
 
 #: The example of the README of deepseek-ai/EPLB: two layers of 12 experts, 16 places on 8 GPUs of 2 nodes.
 LOADS = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
@@ -98,10 +98,10 @@ def test_two_experts_a_gpu_are_packed_as_well_as_can_be(loads):
 
 
 def test_in_order_divides_by_number_even_where_there_are_more_gpus_than_experts():
-    placement = in_order(1, 3, 5)
+    placement = placement_in_order(1, 3, 5)
     assert [placement.on_gpu(0, gpu) for gpu in range(5)] == [(), (0,), (), (1,), (2,)]
     assert placement.imbalance([[1, 1, 1]]) == [5 / 3]
-    placement = in_order(2, 7, 3)
+    placement = placement_in_order(2, 7, 3)
     assert [len(placement.on_gpu(1, gpu)) for gpu in range(3)] == [2, 2, 3]
 
 
@@ -112,8 +112,8 @@ def test_imbalance_is_the_busiest_gpu_over_the_mean_and_1_without_load():
     assert placement.imbalance([[0, 0, 0], [0, 0, 0]]) == [1.0, 1.0]
 
 
-def test_twins_are_copies_that_share_a_gpu():
-    assert Placement(((0, 0, 1, 2), (1, 2, 0, 1), (0, 1, 2, 2)), 2).twins == 2
+def test_duplicates_are_copies_that_share_a_gpu():
+    assert Placement(((0, 0, 1, 2), (1, 2, 0, 1), (0, 1, 2, 2)), 2).num_duplicates == 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from abyssal.config import load_recipe
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.hardware import Cluster, packaged_chips, parse_cluster
-from abyssal.plan.operations import Work
+from abyssal.plan.operations import DeviceWork
 from abyssal.plan.published import (
     EXTENSION_HOURS,
     HELD_OUT,
@@ -119,7 +119,7 @@ def test_deleted_constant_makes_the_step_shorter(constant: str, slower: float, s
 
 
 def test_deleting_the_all_to_all_constant_changes_what_is_exposed_only(step: StepPlan) -> None:
-    work = Work(step.run.model, PUBLISHED, 4096)
+    work = DeviceWork(step.run.model, PUBLISHED, 4096)
     ideal = block_costs(work, step.cluster.chip, Calibration().without("all_to_all"))["moe"]
     fitted = step.pipeline.blocks["moe"]
     assert ideal.alone == fitted.alone

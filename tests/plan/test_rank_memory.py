@@ -10,17 +10,17 @@ from abyssal.config import load_recipe
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.hardware import packaged_chips, parse_cluster
 from abyssal.plan.layout import PUBLISHED, Layout
-from abyssal.plan.operations import Work
-from abyssal.plan.params import count_parameters
+from abyssal.plan.operations import DeviceWork
+from abyssal.plan.parameters import count_parameters
 from abyssal.plan.rank_memory import (
     RankMemory,
-    estimated_memory,
-    kept_by_block,
+    block_activation_bytes,
+    estimate_memory,
     memory_fault,
     rank_parameters,
     replicas,
 )
-from abyssal.plan.trainer_memory import kept_by_trainer
+from abyssal.plan.trainer_memory import trainer_activation_bytes
 from abyssal.plan.training_plan import plan_step
 
 LAYOUTS = [
@@ -48,7 +48,7 @@ def test_ranks_hold_every_parameter_once_or_twice(layout: Layout) -> None:
         copy = 0 if together else count.main.embedding
         latents = 62 * (512 + 1536) + 4 * 7168  # norms that the plan leaves out: those of latents, and four at the ends
         rest = times * (count.trainable + copy - latents) - experts
-        assert sum(h.dense + h.wide for h in held) == pytest.approx(rest, rel=1e-6)
+        assert sum(h.dense + h.unquantized for h in held) == pytest.approx(rest, rel=1e-6)
 
 
 def test_dualpipe_holds_attention_twice_as_often_and_zero_shards_over_both() -> None:
@@ -62,7 +62,7 @@ def test_closed_form_of_activations_is_near_the_table() -> None:
     run, cluster = load_recipe("v3_671b"), parse_cluster("h800:2048", packaged_chips())
     for layout in LAYOUTS[:3]:
         step = plan_step(run, cluster, layout, Calibration(), 16384)
-        estimate = estimated_memory(Work(run.model, layout, 4096), cluster, step.pipeline.stages)
+        estimate = estimate_memory(DeviceWork(run.model, layout, 4096), cluster, step.pipeline.stages)
         exact_most, near_most = (max(m.activations for m in memory) for memory in (step.memory, estimate))
         assert near_most == pytest.approx(exact_most, rel=0.2)
         for exact, near in zip(step.memory, estimate, strict=True):
@@ -73,7 +73,7 @@ def test_recomputing_more_keeps_less_and_fp8_half_of_the_operands() -> None:
     model = load_recipe("v3_671b").model
 
     def kept(**changes: str) -> float:
-        return kept_by_block(Work(model, Layout(ep_size=8, **changes), 4096), "moe")  # type: ignore[arg-type]
+        return block_activation_bytes(DeviceWork(model, Layout(ep_size=8, **changes), 4096), "moe")  # type: ignore[arg-type]
 
     assert kept(recompute="full") == 4096 * 7168 * 2
     assert kept(recompute="full") < kept() < kept(recompute="none")
@@ -120,8 +120,10 @@ def test_the_trainer_keeps_what_autograd_keeps() -> None:
         loss = micro_batch_loss(model, windows, weights, [])
     measured = sum(size for size, _ in kept.values())
     del loss
-    work = Work(config, Layout(precision="bf16", recompute="none", state="trainer", micro_batch_size=sequences), length)
+    work = DeviceWork(
+        config, Layout(precision="bf16", recompute="none", state="trainer", micro_batch_size=sequences), length
+    )
     blocks = {"dense": 1, "moe": 2, "mtp": 1, "heads": 2}
-    predicted = sum(times * kept_by_trainer(work, kind) for kind, times in blocks.items())
+    predicted = sum(times * trainer_activation_bytes(work, kind) for kind, times in blocks.items())
     casts = 2 * (count_parameters(config).model - 2 * config.vocab_size * config.hidden_size)
     assert predicted + casts == pytest.approx(measured, rel=0.08)

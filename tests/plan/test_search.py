@@ -10,7 +10,7 @@ from abyssal.config import load_recipe
 from abyssal.errors import UsageError
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.hardware import packaged_chips, parse_cluster
-from abyssal.plan.layout import Layout, check_layout, micro_batches
+from abyssal.plan.layout import Layout, check_layout, count_micro_batches
 from abyssal.plan.rank_memory import memory_fault
 from abyssal.plan.schedules import build_schedule
 from abyssal.plan.search import candidates, check_micro_batches, nearest_fitting, search
@@ -87,7 +87,7 @@ def test_quick_check_of_micro_batches_agrees_with_the_tables(schedule: str) -> N
 def test_batch_that_does_not_divide_is_refused_with_its_sentence() -> None:
     run = load_recipe("v3_16b", ["schedule.batch_size={start = 4600, segments = []}", "train.batch_multiple=1"])
     with pytest.raises(UsageError, match="a step of 4600 sequences"):
-        micro_batches(Layout(), run, CLUSTER, 4600)
+        count_micro_batches(Layout(), run, CLUSTER, 4600)
     assert any(
         "a step of 4600 sequences" in r.reason for r in search(run, CLUSTER, Layout(), Calibration(), 60e9).refused
     )

@@ -11,7 +11,7 @@ from abyssal.errors import UsageError
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.hardware import packaged_chips, parse_cluster
 from abyssal.plan.layout import PUBLISHED, Layout
-from abyssal.plan.steps import batches, count_steps
+from abyssal.plan.steps import count_steps, steps_by_batch_size
 from abyssal.plan.training_plan import HOUR, plan_phase, plan_step, plan_training
 
 CLUSTER = parse_cluster("h800:2048", packaged_chips())
@@ -19,7 +19,7 @@ CLUSTER = parse_cluster("h800:2048", packaged_chips())
 
 def test_batches_add_up_to_the_steps_and_the_tokens() -> None:
     run = load_recipe("v3_671b")
-    counted = list(batches(run))
+    counted = list(steps_by_batch_size(run))
     assert sum(steps for _, steps in counted) == count_steps(run)
     tokens = sum(size * steps for size, steps in counted) * 4096
     assert 0 <= tokens - run.train.tokens < 15360 * 4096
@@ -40,9 +40,12 @@ def test_time_of_the_ramp_is_that_of_each_of_its_steps() -> None:
     settings = ["train.tokens=4000000000", f"schedule.batch_size={ramp}", "train.batch_multiple=256"]
     run = load_recipe("v3_671b", settings)
     phase = plan_phase(run, CLUSTER, PUBLISHED, Calibration())
-    apart = {size: plan_step(run, CLUSTER, PUBLISHED, Calibration(), size).seconds for size, _ in set(batches(run))}
+    apart = {
+        size: plan_step(run, CLUSTER, PUBLISHED, Calibration(), size).seconds
+        for size, _ in set(steps_by_batch_size(run))
+    }
     assert len(apart) > 5
-    exact = sum(steps * apart[size] for size, steps in batches(run))
+    exact = sum(steps * apart[size] for size, steps in steps_by_batch_size(run))
     assert phase.seconds == pytest.approx(exact, rel=0.005)
 
 

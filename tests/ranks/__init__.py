@@ -1,4 +1,8 @@
-"""Run a function on several gloo ranks of this machine; processes are forked from one that imported torch already."""
+"""Run a function on several gloo ranks of this machine.
+
+Each rank is a new process, so that no test sees what another left, forked from one that has imported what ranks need
+already: that takes a hundredth of a second, where imports would take two seconds of each rank.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,19 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "abyssal.cli.main"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch._dynamo",  # which fully_shard imports
+        "abyssal.cli.main",
+        "abyssal.cli.train",
+        "abyssal.train.dry_run",
+        "abyssal.train.loop",
+        "hypothesis",
+        "pytest",
+    ]
+)
 
 
 def run_ranks(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from abyssal.model import Block, Context
 from abyssal.model.block import map_tensors, tensors
+from abyssal.ops.linear import WeightGradients
 
 #: The borders of a block: a border stands before the step of that name.
 BORDERS = ("dispatch", "compute", "combine", "finish")
@@ -60,11 +61,16 @@ def cut_block(block: Block, cut: Collection[str], x: Tensor, ctx: Context) -> Cu
     return CutChain({"attend": attend, **{name: getattr(block, name) for name in BORDERS}}, cut, x)
 
 
-def interleave(a: CutChain, b: CutChain, d_a: Tensor, d_b: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def interleave(
+    a: CutChain, b: CutChain, d_a: Tensor, d_b: Tensor, deferred: WeightGradients | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """Run `a` forward, then the pieces of `b` forward beside those of `a` backward, then `b` backward.
 
-    Takes the gradients of both results and returns those of both inputs.
+    Takes the gradients of both results and returns those of both inputs. What a piece leaves in `deferred` is taken out
+    after it and run at the end.
     """
+    store = WeightGradients() if deferred is None else deferred
+    later = []
     back_a: Gradients = [d_a]
     back_b: Gradients = [d_b]
     for _ in a.pieces:
@@ -72,6 +78,10 @@ def interleave(a: CutChain, b: CutChain, d_a: Tensor, d_b: Tensor) -> tuple[Tens
     for _ in b.pieces:
         b.forward()
         back_a = a.backward(back_a)
+        later.append(store.take())
     for _ in b.pieces:
         back_b = b.backward(back_b)
+        later.append(store.take())
+    for of_piece in later:
+        of_piece.run()
     return back_a[0], back_b[0]

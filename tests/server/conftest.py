@@ -16,7 +16,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
 from abyssal.config import ModelConfig
 from abyssal.engine import Engine, EngineOptions, LoadedModel, Output, Request, SamplingParameters, load_model
 from abyssal.model import Transformer, initialise

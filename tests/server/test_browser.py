@@ -161,7 +161,7 @@ def test_stop_ends_the_answer_here_and_in_the_engine(opened: Open, held: Any) ->
             page.click("#stop")
             page.locator(".assistant .actions", has_text="stopped").wait_for()
         assert page.locator("#send").is_visible()
-        while app.state.driver.num_texts:  # the suite's limit ends this, if the engine goes on
+        while app.state.driver.num_sequences:  # the suite's limit ends this, if the engine goes on
             time.sleep(0.01)
 
 

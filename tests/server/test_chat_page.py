@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from abyssal.server.chat_page import FILES, INDEX, LONGEST_MARKDOWN, TYPES
+from abyssal.server.chat_page import FILES, INDEX, MAX_MARKDOWN_LENGTH, TYPES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "src" / "abyssal" / "server" / "page"
@@ -46,7 +46,7 @@ def test_the_endpoints_behind_the_page_want_the_key(serve: Any, within_seconds: 
             assert (about["num_experts"], about["first_expert_layer"], about["num_mtp_modules"]) == (6, 1, 1)
             answer = await served.http.post("/v1/abyssal/markdown", json={"text": "**x**<b>"}, headers=key)
             assert answer.json() == {"html": "<p><strong>x</strong>&lt;b&gt;</p>\n"}
-            for body in ({"text": "x" * (LONGEST_MARKDOWN + 1)}, {"text": 3}, {}, {"text": "x", "more": 1}):
+            for body in ({"text": "x" * (MAX_MARKDOWN_LENGTH + 1)}, {"text": 3}, {}, {"text": "x", "more": 1}):
                 refused = await served.http.post("/v1/abyssal/markdown", json=body, headers=key)
                 assert refused.status_code == 400
 

@@ -1,4 +1,4 @@
-"""Grammars over the tokens of a tokenizer, a token at a time."""
+"""Constraints over the tokens of a tokenizer, a token at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import tokenizers
 
 from abyssal.engine import LoadedModel, TokenConstraint
 from abyssal.errors import UsageError
-from abyssal.server.constraint import Grammars
-from abyssal.server.fields import FunctionDefinition
+from abyssal.server.constraint import GrammarCompiler
 from abyssal.server.output_parser import END_THINK, SEPARATOR, OutputParser
+from abyssal.server.protocol import FunctionDefinition
 from abyssal.text.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"é": {"enum": [1, 22]}}, "required": ["é"], "additionalProperties": False}
@@ -24,8 +24,8 @@ RELEASED = Path(__file__).parents[2] / "../shared/data/deepseek_v3_tokenizer"
 
 
 @pytest.fixture(scope="module")
-def grammars(loaded: LoadedModel) -> Grammars:
-    return Grammars(loaded.tokenizer, loaded.config.vocab_size, loaded.eos_ids)
+def grammars(loaded: LoadedModel) -> GrammarCompiler:
+    return GrammarCompiler(loaded.tokenizer, loaded.config.vocab_size, loaded.eos_ids)
 
 
 def accepts(make: Callable[[], TokenConstraint], tokenizer: Tokenizer, text: str) -> bool:
@@ -52,10 +52,10 @@ def accepts(make: Callable[[], TokenConstraint], tokenizer: Tokenizer, text: str
         ('{"é":' + " " * 25 + "1}", False),  # no model fills its context with white space
     ],
 )
-def test_json_of_a_schema(grammars: Grammars, loaded: LoadedModel, text: str, is_allowed: bool) -> None:
-    assert accepts(grammars.of_json(SCHEMA, after_reasoning=False), loaded.tokenizer, text) == is_allowed
+def test_json_of_a_schema(grammars: GrammarCompiler, loaded: LoadedModel, text: str, is_allowed: bool) -> None:
+    assert accepts(grammars.for_json(SCHEMA, after_reasoning=False), loaded.tokenizer, text) == is_allowed
     thought = f"why {'{'} not? <thin </think>\n{text}"
-    assert accepts(grammars.of_json(SCHEMA, after_reasoning=True), loaded.tokenizer, thought) == is_allowed
+    assert accepts(grammars.for_json(SCHEMA, after_reasoning=True), loaded.tokenizer, thought) == is_allowed
 
 
 def call(name: str, arguments: str) -> str:
@@ -78,21 +78,21 @@ CALLS = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
     ],
 )
 def test_calls_of_given_functions(
-    grammars: Grammars, loaded: LoadedModel, text: str, several: bool, is_allowed: bool
+    grammars: GrammarCompiler, loaded: LoadedModel, text: str, several: bool, is_allowed: bool
 ) -> None:
-    make = grammars.of_calls(FUNCTIONS, several=several, after_reasoning=False)
+    make = grammars.for_tool_calls(FUNCTIONS, several=several, after_reasoning=False)
     assert accepts(make, loaded.tokenizer, text) == is_allowed
 
 
-def test_texts_of_a_request_do_not_share_their_state(grammars: Grammars, loaded: LoadedModel) -> None:
-    make = grammars.of_json(SCHEMA, after_reasoning=False)
+def test_texts_of_a_request_do_not_share_their_state(grammars: GrammarCompiler, loaded: LoadedModel) -> None:
+    make = grammars.for_json(SCHEMA, after_reasoning=False)
     assert accepts(make, loaded.tokenizer, '{"é":1}')
     assert accepts(make, loaded.tokenizer, '{"é":1}')
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_tokens_under_a_grammar_are_json_of_the_schema(
-    grammars: Grammars, loaded: LoadedModel, seed: int
+    grammars: GrammarCompiler, loaded: LoadedModel, seed: int
 ) -> None:
     source = random.Random(seed)
     schema = {
@@ -101,7 +101,7 @@ def test_random_tokens_under_a_grammar_are_json_of_the_schema(
         "required": ["a", "b"],
         "additionalProperties": False,
     }
-    constraint = grammars.of_json(schema, after_reasoning=False)()
+    constraint = grammars.for_json(schema, after_reasoning=False)()
     ids: list[int] = []
     while not ids or ids[-1] not in loaded.eos_ids:
         allowed = constraint.allowed()
@@ -116,24 +116,24 @@ def test_random_tokens_under_a_grammar_are_json_of_the_schema(
 
 
 @pytest.mark.parametrize("schema", [{"type": "objct"}, {"$ref": "#/gone"}, {"type": "string", "pattern": "("}])
-def test_a_schema_that_cannot_be_followed_is_refused(grammars: Grammars, schema: dict[str, Any]) -> None:
+def test_a_schema_that_cannot_be_followed_is_refused(grammars: GrammarCompiler, schema: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="response_format: cannot be followed"):
-        grammars.of_json(schema, after_reasoning=False)
+        grammars.for_json(schema, after_reasoning=False)
     with pytest.raises(UsageError, match="tools: cannot be followed"):
-        grammars.of_calls([FunctionDefinition(name="f", parameters=schema)], several=False, after_reasoning=False)
+        grammars.for_tool_calls([FunctionDefinition(name="f", parameters=schema)], several=False, after_reasoning=False)
 
 
 def test_marks_that_are_tokens_are_taken_as_such(loaded: LoadedModel) -> None:
     core = tokenizers.Tokenizer.from_str(loaded.tokenizer.to_json())
     core.add_tokens([tokenizers.AddedToken(mark, normalized=False) for mark in (END_THINK, SEPARATOR)])
     tokenizer = Tokenizer(core)
-    grammars = Grammars(tokenizer, 400, frozenset({tokenizer.eos_id}))
+    grammars = GrammarCompiler(tokenizer, 400, frozenset({tokenizer.eos_id}))
     assert len(tokenizer.encode(END_THINK)) == 1
-    make = grammars.of_json(SCHEMA, after_reasoning=True)
+    make = grammars.for_json(SCHEMA, after_reasoning=True)
     for thought in ("", "why not {"):
         assert accepts(make, tokenizer, f'{thought}{END_THINK}\n{{"é":1}}')
         assert not accepts(make, tokenizer, f'{thought}{END_THINK}{{"é":3}}')
-    make = grammars.of_calls(FUNCTIONS, several=False, after_reasoning=True)
+    make = grammars.for_tool_calls(FUNCTIONS, several=False, after_reasoning=True)
     assert accepts(make, tokenizer, END_THINK + CALLS.format(call("one", '{"é":1}')))
     assert not accepts(make, tokenizer, CALLS.format(call("one", '{"é":1}')))
 
@@ -144,10 +144,10 @@ def test_the_released_tokenizers_own_tokens_make_a_call() -> None:
     text = CALLS.format(call("one", '{"é": 22}'))
     ids = tokenizer.encode(text)
     assert ids[:2] == [tokenizer.encode(mark)[0] for mark in ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")]
-    grammars = Grammars(tokenizer, 129_280, frozenset({1}))
-    assert accepts(grammars.of_calls(FUNCTIONS, several=False, after_reasoning=False), tokenizer, text)
+    grammars = GrammarCompiler(tokenizer, 129_280, frozenset({1}))
+    assert accepts(grammars.for_tool_calls(FUNCTIONS, several=False, after_reasoning=False), tokenizer, text)
     stream, parser = tokenizer.stream(), OutputParser(with_tools=True)
-    pieces = [piece for token in ids for piece in parser.push(stream.push(token))] + parser.flush()
-    assert [piece.text for piece in pieces if piece.kind == "call"] == ["one"]
-    assert "".join(piece.text for piece in pieces if piece.kind == "arguments") == '{"é": 22}'
-    assert "".join(piece.raw for piece in pieces) == text
+    segments = [segment for token in ids for segment in parser.push(stream.push(token))] + parser.flush()
+    assert [segment.text for segment in segments if segment.kind == "call"] == ["one"]
+    assert "".join(segment.text for segment in segments if segment.kind == "arguments") == '{"é": 22}'
+    assert "".join(segment.raw for segment in segments) == text

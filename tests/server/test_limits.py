@@ -191,7 +191,7 @@ def test_a_full_queue_is_503_with_retry_after(serve: Any, within_seconds: Any, h
         async with serve(engine=engine, max_waiting=1) as served:
             with held(served.app.state.engine):
                 slow = [asyncio.ensure_future(served.http.post(CHAT, json=SLOW)) for _ in range(2)]
-                while served.app.state.driver.num_texts < 2:
+                while served.app.state.driver.num_sequences < 2:
                     await asyncio.sleep(0.01)
                 answer = await served.http.post(CHAT, json=BODY)
                 check(answer, 503, "try again later", "queue_full")
@@ -208,7 +208,7 @@ def test_a_server_that_drains_refuses_and_lets_end(serve: Any, within_seconds: A
         async with serve() as served:
             with held(served.app.state.engine):
                 slow = asyncio.ensure_future(served.http.post(CHAT, json=SLOW))
-                while not served.app.state.driver.num_texts:
+                while not served.app.state.driver.num_sequences:
                     await asyncio.sleep(0.01)
                 draining = asyncio.ensure_future(served.app.state.driver.drain(30))
                 await asyncio.sleep(0)
@@ -226,7 +226,7 @@ def test_what_drains_too_long_ends_with_a_reason(serve: Any, within_seconds: Any
             asked = [served.http.post(CHAT, json=SLOW), served.http.post(CHAT, json=SLOW | {"stream": True})]
             with held(served.app.state.engine):
                 whole, stream = (asyncio.ensure_future(one) for one in asked)
-                while served.app.state.driver.num_texts < 2:
+                while served.app.state.driver.num_sequences < 2:
                     await asyncio.sleep(0.01)
                 await served.app.state.driver.drain(0)
             check(await whole, 503, "had not ended in time", "shutting_down")

@@ -20,7 +20,7 @@ from abyssal.server.output_parser import (
     SEPARATOR,
     THINK,
     OutputParser,
-    Piece,
+    OutputSegment,
 )
 
 MARKS = (CALLS, END_CALLS, CALL, END_CALL, SEPARATOR, THINK, END_THINK, FENCE, END_FENCE, "function", "get_weather")
@@ -28,24 +28,24 @@ V3_CALL = f'{CALL}function{SEPARATOR}get_weather{FENCE}{{"city": "Paris"}}{END_F
 V31_CALL = f'{CALL}get_weather{SEPARATOR}{{"city": "Paris"}}{END_CALL}'
 
 
-def parse(text: str, cuts: list[int], **options: bool) -> list[Piece]:
-    """Return the pieces of a text that comes in parts."""
+def parse(text: str, cuts: list[int], **options: bool) -> list[OutputSegment]:
+    """Return the segments of a text that comes in parts."""
     parser = OutputParser(**options)
     borders = sorted({0, *(cut % (len(text) + 1) for cut in cuts), len(text)})
-    pieces = [piece for a, b in itertools.pairwise(borders) for piece in parser.push(text[a:b])]
-    return pieces + parser.flush()
+    segments = [segment for a, b in itertools.pairwise(borders) for segment in parser.push(text[a:b])]
+    return segments + parser.flush()
 
 
-def joined(pieces: list[Piece]) -> list[tuple[str, str]]:
+def joined(segments: list[OutputSegment]) -> list[tuple[str, str]]:
     """Return kinds and texts, neighbours of a kind as one, but each call for itself."""
     found: list[tuple[str, str]] = []
-    for piece in pieces:
-        if piece.kind == "mark":
+    for segment in segments:
+        if segment.kind == "mark":
             continue
-        if found and found[-1][0] == piece.kind != "call":
-            found[-1] = (piece.kind, found[-1][1] + piece.text)
+        if found and found[-1][0] == segment.kind != "call":
+            found[-1] = (segment.kind, found[-1][1] + segment.text)
         else:
-            found.append((piece.kind, piece.text))
+            found.append((segment.kind, segment.text))
     return found
 
 
@@ -63,13 +63,13 @@ texts = st.lists(parts, max_size=9).map("".join)
 def test_raw_texts_together_are_the_text_however_it_is_cut(
     text: str, cuts: list[int], in_reasoning: bool, with_tools: bool
 ) -> None:
-    pieces = parse(text, cuts, in_reasoning=in_reasoning, with_tools=with_tools)
-    assert "".join(piece.raw for piece in pieces) == text
-    assert all(piece.raw for piece in pieces)
-    for piece in pieces:
-        assert piece.text in (piece.raw, "") or piece.kind == "call"
+    segments = parse(text, cuts, in_reasoning=in_reasoning, with_tools=with_tools)
+    assert "".join(segment.raw for segment in segments) == text
+    assert all(segment.raw for segment in segments)
+    for segment in segments:
+        assert segment.text in (segment.raw, "") or segment.kind == "call"
     whole = parse(text, [], in_reasoning=in_reasoning, with_tools=with_tools)
-    assert joined(pieces) == joined(whole)
+    assert joined(segments) == joined(whole)
 
 
 @settings(max_examples=60, deadline=None)
@@ -113,5 +113,5 @@ def test_without_tools_a_call_is_content() -> None:
 
 def test_text_is_given_out_as_soon_as_it_cannot_be_a_mark() -> None:
     parser = OutputParser(with_tools=True)
-    assert [piece.text for piece in parser.push("hello <｜to")] == ["hello "]
-    assert [piece.text for piece in parser.push("p")] == ["<｜top"]
+    assert [segment.text for segment in parser.push("hello <｜to")] == ["hello "]
+    assert [segment.text for segment in parser.push("p")] == ["<｜top"]

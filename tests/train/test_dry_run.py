@@ -291,7 +291,7 @@ def test_muon_keeps_one_moment_of_hidden_matrices() -> None:
     assert adamw.stages[0].memory.moments == 2 * total(adamw, "stored_bytes")
     assert total(adamw, "stored_bytes") < muon.stages[0].memory.moments < 1.5 * total(adamw, "stored_bytes")
     whole, half = muon.stages[0].memory.moments, shared.stages[0].memory.moments
-    assert whole / 2 <= half < 0.52 * whole  # rows are dealt out unevenly where they are odd
+    assert whole / 2 <= half < 0.52 * whole  # rows are shared unevenly where they are odd
 
 
 def test_stages_hold_every_layer_once_and_neighbours_send_hidden_states() -> None:

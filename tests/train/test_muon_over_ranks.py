@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from abyssal.checkpoint.pieces import leaves
-from abyssal.checkpoint.state import save_state
+from abyssal.checkpoint.state import leaves, save_state
 from abyssal.config import RunConfig, load_recipe
 from abyssal.ranks.ranks import Ranks
 from abyssal.train.step import train_step

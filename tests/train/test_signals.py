@@ -41,11 +41,12 @@ sys.exit(main(sys.argv[2:]))
 #: The same, killed where the state of step 6 is being written: in DCP's files, before the checksums, at the rename.
 KILLED = """
 import os, signal, sys
-from abyssal.checkpoint import atomic, joint_write
+from abyssal.checkpoint.state import save
 from abyssal.cli.main import main
+from abyssal.files import atomic
 from abyssal.train import loop
 loop.peak_flops = lambda config, device: 1e12
-module, name = (atomic if sys.argv[1] == "_put" else joint_write), sys.argv[1]
+module, name = (atomic if sys.argv[1] == "_put_in_place" else save), sys.argv[1]
 original = getattr(module, name)
 def deadly(*arguments, **options):
     if "step-00000006" in "".join(str(path) for path in (loop_root.iterdir() if loop_root.is_dir() else ())):
@@ -100,7 +101,7 @@ def test_second_signal_ends_at_once(small_recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cut" / "checkpoints" / "step-00000005").exists()
 
 
-@pytest.mark.parametrize("point", ["Writer", "render", "_put"])
+@pytest.mark.parametrize("point", ["ReproducibleWriter", "render", "_put_in_place"])
 def test_killed_while_a_state_is_written_resumes_to_the_bit(
     small_run: RunConfig, small_recipe: Path, tmp_path: Path, point: str
 ) -> None:

@@ -1,1 +1,1 @@
-"""What is kept: training states to resume from, and model directories for everybody."""
+"""What is kept of a model: training states, model directories, GGUF files, and the way from one format to another."""

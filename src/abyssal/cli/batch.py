@@ -36,7 +36,7 @@ class BatchCommand:
     running: int
 
     def run(self) -> None:
-        """Answer every line of the input that the output does not answer yet.
+        """BatchResult every line of the input that the output does not answer yet.
 
         Raises:
             AbyssalError: a file, a line or the model; at the end where lines were answered with an error.
@@ -73,7 +73,7 @@ class BatchCommand:
     def _answer(self, batch: BatchInput, output: BatchOutput, todo: list[BatchLine], options: EngineOptions) -> None:
         """Load the model, answer the lines to do, and print a summary."""
         from abyssal.engine import Engine, load_model
-        from abyssal.engine.batch import answer_batch
+        from abyssal.engine.batch import run_batch
 
         request_of = self._asking(chats=any(line.messages is not None for line in todo))
         loaded = load_model(self.model, dtype=self.dtype, device=self.device, threads=self.threads)
@@ -84,7 +84,7 @@ class BatchCommand:
         began = time.perf_counter()
         with _progress(len(todo)) as (count_tokens, count_line):
             lines = (line for line in batch if line.number in numbers)
-            for answer in answer_batch(engine, lines, lambda line: request_of(loaded, line), count_tokens):
+            for answer in run_batch(engine, lines, lambda line: request_of(loaded, line), count_tokens):
                 output.write(answer.line, answer.record())
                 count_line()
         typer.echo(_summary(len(todo), time.perf_counter() - began, engine.statistics()), err=True)

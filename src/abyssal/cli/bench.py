@@ -186,7 +186,8 @@ def _page(url: str, name: str, workload: Workload, result: Result) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    from abyssal.checkpoint.atomic import os_faults, write_text
+    from abyssal.files.atomic import write_text
+    from abyssal.files.faults import os_faults
 
     with os_faults(AbyssalError, path, "write the figures"):
         write_text(path, text)

@@ -18,7 +18,7 @@ def convert_to_gguf(source: Path, target: Path, dtype: str, others: Mapping[str,
     """
     import time
 
-    from abyssal.checkpoint.gguf_file import write_gguf
+    from abyssal.checkpoint.gguf.write import write_gguf
     from abyssal.cli.byte_progress import ByteProgress
     from abyssal.cli.numbers import byte_size
     from abyssal.errors import UsageError

@@ -109,8 +109,8 @@ def weight_facts(folder: Path, model: ModelConfig) -> dict[str, Any] | None:
     """
     from dataclasses import asdict
 
-    from abyssal.checkpoint.inventory import has_weights, take_inventory
-    from abyssal.checkpoint.model_directory import ModelReader
+    from abyssal.checkpoint.hf import ModelReader
+    from abyssal.checkpoint.hf.inventory import has_weights, take_inventory
 
     if not has_weights(folder):
         return None

@@ -12,8 +12,9 @@ def write_output(option: str, path: Path, suffix: str, text: str) -> None:
         UsageError: the name does not end in `suffix`, so the file may be another one that should stay.
         AbyssalError: the disk refused.
     """
-    from abyssal.checkpoint.atomic import os_faults, write_text
     from abyssal.errors import AbyssalError, UsageError
+    from abyssal.files.atomic import write_text
+    from abyssal.files.faults import os_faults
 
     if path.suffix != suffix:
         raise UsageError(f"{option} {path}: must end in {suffix}")

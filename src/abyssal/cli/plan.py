@@ -255,12 +255,12 @@ def write_files(step: StepPlan, facts: dict[str, Any], html: Path | None, trace:
 
         write_output("--trace", trace, ".json", json.dumps(trace_events(step.timeline)))
     if html:
-        from abyssal.plan.facts import drawn_step
+        from abyssal.plan.facts import drawable_timeline
         from abyssal.plan.schedules import boxes
         from abyssal.report.plan_page import render_plan
         from abyssal.report.timeline import draw_timeline
 
-        drawn = drawn_step(step)
+        drawn = drawable_timeline(step)
         picture = draw_timeline(
             boxes(drawn), description=f"One step of {facts['name']} on {facts['layout']['text']}", unit="s"
         )

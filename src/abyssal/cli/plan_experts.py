@@ -37,12 +37,12 @@ def experts(
     """
     from abyssal.cli.output_file import write_output
     from abyssal.plan.expert_loads import read_loads
-    from abyssal.plan.placement import in_order, place_experts
+    from abyssal.plan.placement import place_experts, placement_in_order
     from abyssal.report.placement import draw_placement
 
     read = read_loads(source, steps)
     placed = place_experts(read.loads, redundant=redundant, gpus=gpus, groups=groups, nodes=nodes)
-    before = in_order(len(read.loads), len(read.loads[0]), gpus)
+    before = placement_in_order(len(read.loads), len(read.loads[0]), gpus)
     if svg:
         drawing = draw_placement(read.layers, before.gpu_loads(read.loads), placed.gpu_loads(read.loads))
         write_output("--svg", svg, ".svg", drawing)
@@ -86,7 +86,8 @@ def print_placement(console: Console, read: ExpertLoads, before: Placement, plac
         worst = max(range(layers), key=values.__getitem__)
         grid.add_row(title, f"{values[worst]:.3f} (layer {read.layers[worst]})", f"{sum(values) / layers:.3f}")
     console.print(grid)
-    if placed.twins:
+    if placed.num_duplicates:
         console.print(
-            f"copies that share a GPU with another one of the same expert, and so spread nothing: {placed.twins}"
+            "copies that share a GPU with another one of the same expert, and so spread nothing: "
+            f"{placed.num_duplicates}"
         )

@@ -13,8 +13,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from abyssal.plan.schedules import Schedule, Timeline
-    from abyssal.plan.schedules.summary import PassTimes, Summary
+    from abyssal.plan.schedules import PipelineSchedule, Timeline
+    from abyssal.plan.schedules.summary import PassTimes, ScheduleSummary
 
 #: How the terminal colours the parts of a rank's time, and what the legend calls them.
 STYLES = {
@@ -97,7 +97,7 @@ def check_times(times: PassTimes) -> None:
         raise UsageError("--forward, --backward-input and --backward-weight are all 0: at least one must take time")
 
 
-def title_of(table: Schedule) -> str:
+def title_of(table: PipelineSchedule) -> str:
     """Say in a line what a schedule is."""
     from abyssal.plan.schedules import SCHEDULES
 
@@ -107,7 +107,7 @@ def title_of(table: Schedule) -> str:
     )
 
 
-def facts(timeline: Timeline, times: PassTimes, summary: Summary) -> dict[str, Any]:
+def facts(timeline: Timeline, times: PassTimes, summary: ScheduleSummary) -> dict[str, Any]:
     """Return everything about a simulated schedule: its table, each action's times, the parts of each rank's time."""
     table = timeline.schedule
     return {
@@ -148,14 +148,14 @@ def print_timeline(console: Console, timeline: Timeline) -> None:
     console.print()
 
 
-def print_comparison(console: Console, summary: Summary, table: Schedule, times: PassTimes) -> None:
+def print_comparison(console: Console, summary: ScheduleSummary, table: PipelineSchedule, times: PassTimes) -> None:
     """Print the figures of this schedule, and of the others at the same ranks, micro-batches and times."""
     from rich.table import Table
 
     from abyssal.plan.schedules import SCHEDULES
-    from abyssal.plan.schedules.summary import compare
+    from abyssal.plan.schedules.summary import compare_schedules
 
-    others, refused = compare(table.num_ranks, table.micro_batches, times)
+    others, refused = compare_schedules(table.num_ranks, table.micro_batches, times)
     rows = [summary, *(other for other in others if other.name != summary.name)]
     grid = Table(box=None, pad_edge=False)
     grid.add_column("", no_wrap=True)

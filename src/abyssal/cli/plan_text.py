@@ -131,11 +131,11 @@ def _print_step(console: Console, facts: dict[str, Any]) -> None:
 
 def _print_timeline(console: Console, step: StepPlan) -> None:
     from abyssal.cli.plan_schedule import print_timeline
-    from abyssal.plan.facts import drawn_step
+    from abyssal.plan.facts import drawable_timeline
 
     if step.layout.pp_size > 1:
         console.print()
-        print_timeline(console, drawn_step(step))
+        print_timeline(console, drawable_timeline(step))
 
 
 def _print_memory(console: Console, facts: dict[str, Any]) -> None:

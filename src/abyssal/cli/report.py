@@ -28,8 +28,9 @@ def report(
         abyssal report runs/demo
         abyssal report runs/demo runs/notes --out comparison.html
     """
-    from abyssal.checkpoint.atomic import os_faults, write_text
     from abyssal.errors import AbyssalError, UsageError
+    from abyssal.files.atomic import write_text
+    from abyssal.files.faults import os_faults
     from abyssal.report.page import render_page
     from abyssal.report.run_record import read_runs
 

@@ -21,8 +21,9 @@ from abyssal.data.corpus import DocumentRef, SplitName, UndecodableError, read_d
 from abyssal.data.manifest import ShardRecord, TokenShard
 from abyssal.data.quality import broken_rule
 from abyssal.data.shards import is_intact, token_dtype, write_shard
-from abyssal.data.whole_file import whole_file
 from abyssal.errors import DataError
+from abyssal.files.atomic import write_text
+from abyssal.files.faults import os_faults
 from abyssal.text.tokenizer import Tokenizer
 
 
@@ -109,8 +110,8 @@ class ShardEncoder:
         if record is None or record.documents != plan.digest() or not is_intact(self.folder, record.shard):
             shard, dropped = self._encode(plan)
             record = ShardRecord(documents=plan.digest(), shard=shard, dropped=dropped)
-            with whole_file(path) as file:
-                file.write(record.model_dump_json().encode())
+            with os_faults(DataError, path, "write it"):
+                write_text(path, record.model_dump_json())
         return WrittenShard(plan, record.shard, Counter(record.dropped))
 
     def _encode(self, plan: ShardPlan) -> tuple[TokenShard, Counter[str]]:

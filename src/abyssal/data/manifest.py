@@ -10,8 +10,9 @@ from pydantic import NonNegativeInt, ValidationError
 
 from abyssal.config.frozen import Frozen
 from abyssal.data.corpus import SplitName
-from abyssal.data.whole_file import sync_folder, whole_file
 from abyssal.errors import DataError
+from abyssal.files.atomic import write_text
+from abyssal.files.faults import os_faults
 
 MANIFEST_NAME = "manifest.json"
 
@@ -130,10 +131,9 @@ class DatasetManifest(Frozen):
         Raises:
             DataError: the disk is full, or the file cannot be written.
         """
-        sync_folder(folder)  # the shards first
-        with whole_file(folder / MANIFEST_NAME) as file:
-            file.write(self.model_dump_json(indent=1).encode())
-        sync_folder(folder)
+        path = folder / MANIFEST_NAME
+        with os_faults(DataError, path, "write it"):
+            write_text(path, self.model_dump_json(indent=1))
 
 
 def repair_hint(folder: Path) -> str:

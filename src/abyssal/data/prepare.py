@@ -21,8 +21,9 @@ from abyssal.data.duplicates import DuplicateFilter
 from abyssal.data.encode import DocumentReader, ShardEncoder, ShardPlan, WrittenShard, text_digest, write_shards
 from abyssal.data.manifest import DatasetManifest, DroppedCounts, SourceSummary, Split
 from abyssal.data.shards import Shards, token_dtype
-from abyssal.data.whole_file import PARTIAL, whole_file
 from abyssal.errors import DataError
+from abyssal.files.atomic import remove_stale, write_text
+from abyssal.files.faults import os_faults
 from abyssal.text.tokenizer import Tokenizer
 from abyssal.text.tokenizer_config import write_tokenizer_config
 
@@ -137,11 +138,11 @@ def _resumed_tokenizer(out: Path, inputs: dict[str, Any]) -> Tokenizer | None:
 
 def _write_tokenizer(out: Path, tokenizer: Tokenizer, inputs: dict[str, Any]) -> None:
     """Write the tokenizer, and then the inputs that mark its preparation as resumable."""
-    with whole_file(out / "tokenizer.json") as file:
-        file.write(tokenizer.to_json().encode())
+    with os_faults(DataError, path := out / "tokenizer.json", "write it"):
+        write_text(path, tokenizer.to_json())
     write_tokenizer_config(out, tokenizer)
-    with whole_file(out / UNFINISHED) as file:
-        file.write(json.dumps(inputs).encode())
+    with os_faults(DataError, path := out / UNFINISHED, "write it"):
+        write_text(path, json.dumps(inputs))
 
 
 def _remove_temporary_files(out: Path) -> None:
@@ -214,15 +215,13 @@ def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _clear_folder(out: Path) -> None:
     """Make the folder, or remove what an interrupted preparation left in it."""
-    shard = rf"(train|validation|heldout)-\d+\.(\w+\.npy|json)({PARTIAL})?"
-    pattern = re.compile(rf"{shard}|{UNFINISHED}({PARTIAL})?|{manifests.MANIFEST_NAME}{PARTIAL}")
-    try:
+    pattern = re.compile(rf"(train|validation|heldout)-\d+\.(\w+\.npy|json)|{UNFINISHED}")
+    with os_faults(DataError, out, "prepare the data here"):
         out.mkdir(parents=True, exist_ok=True)
+        remove_stale(out)
         for path in out.iterdir():
             if pattern.fullmatch(path.name):
                 path.unlink()
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 def _split_in_order(references: list[DocumentRef], modulus: int, seed: int) -> Documents:

@@ -8,21 +8,22 @@ Of shard n of a split, with T tokens and N documents:
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from abyssal.data.corpus import SplitName
 from abyssal.data.manifest import DatasetManifest, ShardFile, Split, TokenShard, repair_hint
-from abyssal.data.whole_file import whole_file
 from abyssal.errors import DataError
+from abyssal.files.atomic import atomic_file
+from abyssal.files.checksums import HashingWriter, sha256
+from abyssal.files.faults import os_faults
 
 #: Shards whose memory maps stay open; each holds file descriptors, of which a process has about a thousand.
 OPEN_SHARDS = 64
@@ -60,14 +61,9 @@ def write_shard(stem: Path, documents: Sequence[NDArray[Any]], num_bytes: Sequen
 def is_intact(folder: Path, shard: TokenShard) -> bool:
     """Whether every file of a shard is there with the checksum that was written."""
     try:
-        return all(_checksum(folder / file.name) == file.sha256 for file in shard.files)
+        return all(sha256(folder / file.name) == file.sha256 for file in shard.files)
     except OSError:
         return False
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Shards:
@@ -114,7 +110,7 @@ class Shards:
         """
         for file in self._files():
             path = self.folder / file.name
-            if _checksum(path) != file.sha256:
+            if sha256(path) != file.sha256:
                 raise DataError(
                     f"{path}: damaged, its checksum is not the one in the manifest; {repair_hint(self.folder)}"
                 )
@@ -207,27 +203,10 @@ class TokenStream:
         return np.concatenate(slices).astype(np.int64) if slices else np.zeros(0, np.int64)
 
 
-class _HashingWriter:
-    """A file that computes the checksum and the size of what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._size = 0
-
-    def write(self, content: bytes) -> int:
-        self._hash.update(content)
-        self._size += len(content)
-        return self._file.write(content)
-
-    def entry(self, name: str) -> ShardFile:
-        return ShardFile(name=name, size=self._size, sha256=self._hash.hexdigest())
-
-
 def _write_array(stem: Path, kind: str, array: NDArray[Any]) -> ShardFile:
     """Write one array as .npy and return its entry in the manifest."""
     path = stem.with_name(f"{stem.name}.{kind}.npy")
-    with whole_file(path) as file:
-        writer = _HashingWriter(file)
+    with os_faults(DataError, path, "write it"), atomic_file(path) as staging, staging.open("wb") as file:
+        writer = HashingWriter(file)
         np.lib.format.write_array(writer, array, allow_pickle=False)
-    return writer.entry(path.name)
+    return ShardFile(name=path.name, size=writer.nbytes, sha256=writer.sha256)

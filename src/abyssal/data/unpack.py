@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from abyssal.data.optional import import_optional
-from abyssal.data.whole_file import whole_file
 from abyssal.errors import DataError
+from abyssal.files.atomic import atomic_file
+from abyssal.files.faults import os_faults
 
 #: What an entry of the corpus that names a Hugging Face data set begins with.
 HUGGING_FACE = "hf:"
@@ -42,11 +43,9 @@ def unpack(name: str, identity: str, text_field: str, folder: Path) -> Path:
     path = folder / f"{digest[:24]}.jsonl"
     if path.exists():  # a file gets that name only when it is complete
         return path
-    try:
+    with os_faults(DataError, folder, "make this folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
-    with whole_file(path) as file:
+    with os_faults(DataError, path, "write it"), atomic_file(path) as staging, staging.open("wb") as file:
         for chunk in _jsonl_chunks(name, text_field):
             file.write(chunk)
     return path

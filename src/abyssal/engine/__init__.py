@@ -1,7 +1,7 @@
 """From a model directory to a stream of tokens and text, over the latent cache."""
 
+from abyssal.engine.async_engine import AsyncEngine, DrainingError, EngineFailedError, OutputStream, QueueFullError
 from abyssal.engine.conversation import Conversation
-from abyssal.engine.driver import AsyncEngine, DrainingError, EngineFailedError, QueueFullError, Stream
 from abyssal.engine.engine import Engine, EngineOptions
 from abyssal.engine.generate import generate, new_token_limit
 from abyssal.engine.kept_cache import KeptCache
@@ -30,11 +30,11 @@ __all__ = [
     "KeptCache",
     "LoadedModel",
     "Output",
+    "OutputStream",
     "QueueFullError",
     "Request",
     "SamplingParameters",
     "Speculation",
-    "Stream",
     "TextStream",
     "TokenConstraint",
     "generate",

@@ -18,7 +18,7 @@ SAMPLED_BYTES = 2**16  # of either end of a file of weights
 
 
 @dataclass(frozen=True)
-class Answer:
+class BatchResult:
     """What became of a line: a text, or the sentence that says why there is none."""
 
     line: BatchLine
@@ -37,7 +37,7 @@ class Answer:
 
 
 @dataclass
-class _Text:
+class _OpenLine:
     """A line under way."""
 
     line: BatchLine
@@ -45,24 +45,24 @@ class _Text:
     parts: list[str] = field(default_factory=list)
     num_new_tokens: int = 0
 
-    def take(self, output: Output) -> Answer | None:
+    def take(self, output: Output) -> BatchResult | None:
         """Add an output, and return the answer with the last one."""
         self.num_new_tokens += output.token is not None
         self.parts.append(output.text)
         if output.error is not None:
-            return Answer(self.line, error=str(output.error))
+            return BatchResult(self.line, error=str(output.error))
         if output.finish_reason is None:
             return None
         counts = (self.num_prompt_tokens, self.num_new_tokens)
-        return Answer(self.line, *counts, "".join(self.parts), output.finish_reason)
+        return BatchResult(self.line, *counts, "".join(self.parts), output.finish_reason)
 
 
-def answer_batch(
+def run_batch(
     engine: Engine,
     lines: Iterable[BatchLine],
     request_of: Callable[[BatchLine], Request],
     count_tokens: Callable[[int], None] = lambda _: None,
-) -> Iterator[Answer]:
+) -> Iterator[BatchResult]:
     """Yield the answers as they become ready; lines are taken only as fast as the engine has room for them.
 
     Args:
@@ -72,15 +72,15 @@ def answer_batch(
         count_tokens: told after every step how many tokens it made.
     """
     waiting = iter(lines)
-    texts: dict[int, _Text] = {}
+    texts: dict[int, _OpenLine] = {}
     most = 2 * engine.options.max_running  # so many that none of its places is empty for a step
     while True:
         while len(texts) < most and (line := next(waiting, None)) is not None:
             try:
                 request = request_of(line)
-                texts[engine.add(request)] = _Text(line, len(request.prompt_ids))
+                texts[engine.add(request)] = _OpenLine(line, len(request.prompt_ids))
             except AbyssalError as error:
-                yield Answer(line, error=str(error))
+                yield BatchResult(line, error=str(error))
         if not texts:
             return
         outputs = engine.step()

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from abyssal.checkpoint.atomic import explain, lock_file
 from abyssal.engine.batch_input import BatchLine
 from abyssal.errors import DataError, UsageError
+from abyssal.files.atomic import atomic_file
+from abyssal.files.faults import os_faults
+from abyssal.files.locks import lock
 
 #: Of every record; what ends without a line's end and does not begin so is somebody else's text.
 BEGINNING = b'{"line": '
@@ -34,14 +36,14 @@ class BatchOutput:
         self.keys: dict[int, str] = {}  #: of the answers that are there, by number of line
         self.errors: dict[int, str] = {}  #: sentences of those that are errors
         self._places: dict[int, tuple[int, int]] = {}  # offset and length
-        try:
+        with os_faults(DataError, path, "write it"):
             self._file: BinaryIO = path.open("r+b" if path.exists() else "x+b")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({explain(error)})") from None
         try:
-            if not lock_file(self._file.fileno()):
-                raise DataError(f"{path}: another run writes to it; wait for its end, or choose another --output")
+            lock(self._file.fileno())
             self._read()
+        except BlockingIOError:
+            self._file.close()
+            raise DataError(f"{path}: another run writes to it; wait for its end, or choose another --output") from None
         except BaseException:
             self._file.close()
             raise
@@ -78,12 +80,10 @@ class BatchOutput:
         """
         record = {"line": line.number, **line.label, **answer, "key": line.key}
         data = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
-        try:
+        with os_faults(DataError, self.path, "write it"):
             offset = self._file.seek(0, os.SEEK_END)
             self._file.write(data)
             self._file.flush()
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({explain(error)})") from None
         self._note(record, offset, len(data))
 
     def sort(self) -> None:
@@ -95,18 +95,14 @@ class BatchOutput:
         places = [self._places[number] for number in sorted(self._places)]
         if places == sorted(places):
             return
-        staging = self.path.with_name(f".{self.path.name}.writing")
-        try:
-            with staging.open("wb") as file:
-                for offset, length in places:
-                    self._file.seek(offset)
-                    file.write(self._file.read(length))
-                file.flush()
-                os.fsync(file.fileno())
-            staging.replace(self.path)
-        except OSError as error:
-            staging.unlink(missing_ok=True)
-            raise DataError(f"{self.path}: cannot be put in order ({explain(error)})") from None
+        with (
+            os_faults(DataError, self.path, "put it in order"),
+            atomic_file(self.path) as staging,
+            staging.open("wb") as file,
+        ):
+            for offset, length in places:
+                self._file.seek(offset)
+                file.write(self._file.read(length))
 
     def _read(self) -> None:
         """Find the answers that are there."""

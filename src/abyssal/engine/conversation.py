@@ -37,7 +37,7 @@ class Conversation:
         """
         self._loaded, self._template, self._parameters = loaded, template, parameters
         self._speculation = speculation
-        self._kept = KeptCache(loaded.model)
+        self._cached = KeptCache(loaded.model)
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -50,7 +50,7 @@ class Conversation:
     @property
     def reused_tokens(self) -> int:
         """Tokens of the newest prompt that did not run again."""
-        return self._kept.reused
+        return self._cached.reused
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
@@ -76,7 +76,7 @@ class Conversation:
             )
         seed = self._parameters.seed
         parameters = self._parameters if seed is None else replace(self._parameters, seed=seed + self.turns)
-        chunks = stream_text(self._loaded, prompt_ids, parameters, self._speculation, self._kept)
+        chunks = stream_text(self._loaded, prompt_ids, parameters, self._speculation, self._cached)
         return len(prompt_ids), self._recorded(messages, chunks)
 
     def _recorded(self, messages: list[dict[str, str]], chunks: Iterator[Chunk]) -> Iterator[Chunk]:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abyssal.engine.draft_payoff import DraftPayoff
+from abyssal.engine.adaptive_drafts import AdaptiveDrafts
 from abyssal.engine.drafter import BatchDrafter
 from abyssal.engine.expert_record import ExpertRecord
 from abyssal.engine.generate import check_prompt
 from abyssal.engine.load import LoadedModel
-from abyssal.engine.paged_cache import PagedLatentCache, PagedPass, Span
+from abyssal.engine.paged_cache import PagedCacheView, PagedLatentCache, TokenRange
 from abyssal.engine.pages import PagePool
-from abyssal.engine.request import Continuation, Output, Request
+from abyssal.engine.request import Output, Request, SequenceState
 from abyssal.engine.sampler import Sampler
 from abyssal.engine.scheduler import Scheduler
 from abyssal.engine.speculate import Speculation
@@ -66,7 +66,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _ForwardOutput:
     """What came of one pass of the main model."""
 
     began: float  # by the clock of `time.perf_counter`
@@ -115,21 +115,21 @@ class Engine:
         most = options.max_running * -(-config.max_position_embeddings // options.page_tokens)
         num_pages = max(min(options.cache_bytes // (width * options.page_tokens), most), 1)
         self._pool = PagePool(num_pages, options.page_tokens)
-        self._payoff = DraftPayoff(adapts=options.adapt_drafts)
+        self._adaptive = AdaptiveDrafts(adapts=options.adapt_drafts)
         self._scheduler = Scheduler(
             self._pool,
             max_step_tokens=options.max_step_tokens,
             max_running=options.max_running,
             share_prefixes=options.share_prefixes,
-            lookahead=lambda running: modules if self._num_drafts and self._payoff.follows(running) else 0,
+            lookahead=lambda running: modules if self._num_drafts and self._adaptive.follows(running) else 0,
         )
         self._cache = PagedLatentCache(
             config, num_pages, options.page_tokens, model.compute_dtype, model.head_weight.device
         )
-        self._record = ExpertRecord(model)
+        self._expert_record = ExpertRecord(model)
         self._drafter = BatchDrafter(model, self._cache)
         self._speculation = Speculation(max(self._num_drafts, 1))
-        self._requests: dict[int, list[Continuation]] = {}
+        self._requests: dict[int, list[SequenceState]] = {}
         self._next_id = self._num_new_tokens = self._num_steps = 0
 
     @classmethod
@@ -148,8 +148,8 @@ class Engine:
         parameters = request.parameters
         limit = check_prompt(self._model, request.prompt_ids, parameters)
         vocab_size, num_prompt_tokens = self._model.config.vocab_size, len(request.prompt_ids)
-        if request.num_continuations < 1:
-            raise UsageError(f"num_continuations={request.num_continuations}: must be at least 1")
+        if request.num_sequences < 1:
+            raise UsageError(f"num_sequences={request.num_sequences}: must be at least 1")
         if parameters.stop and self._tokenizer is None:
             raise UsageError("stop: needs a tokenizer, and the engine was built without one")
         for token, _ in parameters.logit_bias:
@@ -171,10 +171,10 @@ class Engine:
         """
         most = len(request.prompt_ids) + self.check(request)
         request_id, self._next_id = self._next_id, self._next_id + 1
-        continuations: list[Continuation] = []
-        for index in range(request.num_continuations):
+        sequences: list[SequenceState] = []
+        for index in range(request.num_sequences):
             constraint = None if request.constraint is None else request.constraint()
-            continuation = Continuation(
+            sequence = SequenceState(
                 request_id=request_id,
                 index=index,
                 tokens=list(request.prompt_ids),
@@ -183,18 +183,18 @@ class Engine:
                 end_ids=self._end_ids if request.end_ids is None else request.end_ids,
                 text=None if self._tokenizer is None else TextStream(self._tokenizer, request.parameters.stop),
                 wants_experts=request.wants_experts,
-                leader=continuations[0] if continuations and self.options.share_prefixes else None,
+                leader=sequences[0] if sequences and self.options.share_prefixes else None,
             )
-            continuations.append(continuation)
-            self._scheduler.add(continuation)
-        self._requests[request_id] = continuations
+            sequences.append(sequence)
+            self._scheduler.add(sequence)
+        self._requests[request_id] = sequences
         return request_id
 
     def cancel(self, request_id: int) -> None:
         """Forget a request and free its pages; one that has ended, or never was, is no fault."""
-        for continuation in self._requests.pop(request_id, ()):
-            if not continuation.is_finished:
-                self._scheduler.remove(continuation)
+        for sequence in self._requests.pop(request_id, ()):
+            if not sequence.is_finished:
+                self._scheduler.remove(sequence)
 
     def is_open(self, request_id: int) -> bool:
         """Whether a text of this request has not ended."""
@@ -210,141 +210,143 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Let every text that can catch up a little, and return the new tokens, in order of arrival and place."""
-        shares = self._scheduler.schedule()
-        if not shares:
+        scheduled = self._scheduler.schedule()
+        if not scheduled:
             return []
-        done = self._run(shares)
-        outputs = self._verify(shares, done)
-        self._retire(outputs)
+        forward = self._forward(scheduled)
+        outputs = self._sample(scheduled, forward)
+        self._finish(outputs)
         chosen = time.perf_counter()
-        self._draft(shares, done.hidden)
-        for continuation in shares:
-            self._scheduler.keep_full_pages(continuation)
-        self._measure(shares, done, outputs, chosen)
+        self._draft(scheduled, forward.hidden)
+        for sequence in scheduled:
+            self._scheduler.cache_full_pages(sequence)
+        self._record_step(scheduled, forward, outputs, chosen)
         return outputs
 
-    def _run(self, shares: dict[Continuation, int]) -> _Pass:
+    def _forward(self, scheduled: dict[SequenceState, int]) -> _ForwardOutput:
         """Run everybody's share through the main model, with logits where a token can be sampled."""
         began = time.perf_counter()
         tokens: list[int] = []
-        spans: list[Span] = []
+        ranges: list[TokenRange] = []
         rows: list[int] = []
-        for continuation, count in shares.items():
-            start, num_tokens = continuation.num_computed, len(continuation.tokens)
+        for sequence, count in scheduled.items():
+            start, num_tokens = sequence.num_computed, len(sequence.tokens)
             rows += range(len(tokens) + max(num_tokens - 1 - start, 0), len(tokens) + count)
-            tokens += [*continuation.tokens[start : start + count], *continuation.drafts][:count]
-            spans.append(Span(continuation.pages, start, count))
+            tokens += [*sequence.tokens[start : start + count], *sequence.drafts][:count]
+            ranges.append(TokenRange(sequence.pages, start, count))
         device = self._model.head_weight.device
-        ctx = self._cache.begin(spans)
+        ctx = self._cache.begin(ranges)
         hidden: Tensor = self._model(torch.tensor(tokens, device=device), ctx)  # [T, D]
-        assert isinstance(ctx.cache, PagedPass)
+        assert isinstance(ctx.cache, PagedCacheView)
         if ctx.cache.num_appended != self._model.config.num_hidden_layers:
             raise RuntimeError(
                 "the model's layers do not write to the latent cache; call use_latent_cache(model) first"
             )
         chosen = hidden if len(rows) == len(tokens) else hidden[torch.tensor(rows, dtype=torch.int64, device=device)]
         logits = self._model.logits(chosen)  # [M, V]
-        only_decodes = all(continuation.is_decoding for continuation in shares)
+        only_decodes = all(sequence.is_decoding for sequence in scheduled)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        experts = self._record.at(rows) if any(continuation.wants_experts for continuation in shares) else []
+        experts = self._expert_record.at(rows) if any(sequence.wants_experts for sequence in scheduled) else []
         normalisers, likeliest = wide.logsumexp(-1).tolist(), logits.argmax(-1).tolist()
-        return _Pass(began, only_decodes, hidden, logits, normalisers, likeliest, experts)
+        return _ForwardOutput(began, only_decodes, hidden, logits, normalisers, likeliest, experts)
 
-    def _verify(self, shares: dict[Continuation, int], done: _Pass) -> list[Output]:
+    def _sample(self, scheduled: dict[SequenceState, int], forward: _ForwardOutput) -> list[Output]:
         """Sample at every place up to the first draft that is not the sampled token; count what is computed by now."""
         outputs: list[Output] = []
         row = 0
-        for continuation, count in shares.items():
-            places = continuation.num_computed + count - (len(continuation.tokens) - 1)
+        for sequence, count in scheduled.items():
+            places = sequence.num_computed + count - (len(sequence.tokens) - 1)
             if places <= 0:  # the prompt goes on
-                continuation.num_computed += count
+                sequence.num_computed += count
                 continue
-            drafts = continuation.drafts[: places - 1]
-            verifies = continuation.is_followed and continuation.is_decoding
+            drafts = sequence.drafts[: places - 1]
+            verifies = sequence.follows_mtp and sequence.is_decoding
             if verifies:
                 self._speculation.count_pass(len(drafts))
-            continuation.num_computed = len(continuation.tokens) - 1
+            sequence.num_computed = len(sequence.tokens) - 1
             for place, draft in enumerate([*drafts, None]):
-                output = self._take(continuation, done, row + place, draft)
+                output = self._append_token(sequence, forward, row + place, draft)
                 outputs.append(output)
                 if output.token is None:
                     break
-                continuation.num_computed += 1
+                sequence.num_computed += 1
                 if verifies:
                     self._speculation.count_token(place, accepted=output.was_draft)
                 if output.finish_reason is not None or not output.was_draft:
                     break
             row += places
-            continuation.drafts = []
+            sequence.drafts = []
         return outputs
 
-    def _take(self, continuation: Continuation, done: _Pass, row: int, draft: int | None) -> Output:
+    def _append_token(self, sequence: SequenceState, forward: _ForwardOutput, row: int, draft: int | None) -> Output:
         """Sample one token for a text and say what it adds."""
-        who = (continuation.request_id, continuation.index)
+        who = (sequence.request_id, sequence.index)
         try:
-            token = continuation.sampler.choose(done.logits[row], done.normalisers[row], done.likeliest[row])
+            token = sequence.sampler.choose(forward.logits[row], forward.normalisers[row], forward.likeliest[row])
         except AbyssalError as error:
             return Output(*who, None, finish_reason="error", error=error)
-        continuation.tokens.append(token.id)
-        ended, full = token.id in continuation.end_ids, continuation.num_left == 0
+        sequence.tokens.append(token.id)
+        ended, full = token.id in sequence.end_ids, sequence.num_left == 0
         text, stopped = "", False
-        if continuation.text is not None:
-            text = "" if ended else continuation.text.push(token.id)  # an end token is no text
+        if sequence.text is not None:
+            text = "" if ended else sequence.text.push(token.id)  # an end token is no text
             if ended or full:
-                text += continuation.text.flush()
-            stopped = continuation.text.matched is not None
+                text += sequence.text.flush()
+            stopped = sequence.text.matched is not None
         reason: FinishReason | None = "stop" if stopped else "eos" if ended else "length" if full else None
-        experts = done.experts[row] if continuation.wants_experts else ()
+        experts = forward.experts[row] if sequence.wants_experts else ()
         return Output(*who, token, text, token.id == draft, experts, reason, draft=draft)
 
-    def _retire(self, outputs: list[Output]) -> None:
+    def _finish(self, outputs: list[Output]) -> None:
         """Let go of the texts that have ended; what they filled of the cache may serve later requests."""
         for output in outputs:
             if output.finish_reason is None:
                 continue
-            continuations = self._requests[output.request_id]
-            self._scheduler.keep_full_pages(continuations[output.index])
-            self._scheduler.remove(continuations[output.index])
-            if all(continuation.is_finished for continuation in continuations):
+            sequences = self._requests[output.request_id]
+            self._scheduler.cache_full_pages(sequences[output.index])
+            self._scheduler.remove(sequences[output.index])
+            if all(sequence.is_finished for sequence in sequences):
                 del self._requests[output.request_id]
 
-    def _draft(self, shares: dict[Continuation, int], hidden: Tensor) -> None:
+    def _draft(self, scheduled: dict[SequenceState, int], hidden: Tensor) -> None:
         """Let the MTP modules follow the texts that go on, and draft behind those that only decode by now."""
         num_running = len(self._scheduler.running)
-        follows, drafts = self._payoff.follows(num_running), self._payoff.drafts(num_running)
-        wanted: dict[Continuation, int] = {}
+        follows, drafts = self._adaptive.follows(num_running), self._adaptive.drafts(num_running)
+        wanted: dict[SequenceState, int] = {}
         row = 0
-        for continuation, count in shares.items():
+        for sequence, count in scheduled.items():
             first = row
             row += count
-            if continuation.is_finished or not continuation.is_followed:
+            if sequence.is_finished or not sequence.follows_mtp:
                 continue
             if not follows:
-                continuation.is_followed, continuation.hidden = False, None
+                sequence.follows_mtp, sequence.mtp_hidden = False, None
                 continue
-            before = continuation.hidden  # of entries that waited for their tokens
-            num_new = continuation.num_computed - continuation.num_settled - (0 if before is None else len(before))
+            before = sequence.mtp_hidden  # of entries that waited for their tokens
+            num_new = sequence.num_computed - sequence.num_mtp_computed - (0 if before is None else len(before))
             new = hidden[first : first + num_new]
-            continuation.hidden = new if before is None else torch.cat((before, new))
-            wanted[continuation] = self._num_wanted(continuation) if drafts and continuation.is_decoding else 0
+            sequence.mtp_hidden = new if before is None else torch.cat((before, new))
+            wanted[sequence] = self._num_wanted(sequence) if drafts and sequence.is_decoding else 0
         self._drafter.draft(wanted)
 
-    def _num_wanted(self, continuation: Continuation) -> int:
+    def _num_wanted(self, sequence: SequenceState) -> int:
         """Return how many drafts have a place: in a step, before the last token, and in pages for their entries."""
         fair = self.options.max_step_tokens // len(self._scheduler.running) - 1
-        count = min(self._num_drafts, continuation.num_left - 1, fair)
+        count = min(self._num_drafts, sequence.num_left - 1, fair)
         alone = count - self._model.config.num_nextn_predict_layers  # made by the last module on its own output
-        if alone > 0 and not self._scheduler.extend(continuation, continuation.num_computed + alone):
+        if alone > 0 and not self._scheduler.extend(sequence, sequence.num_computed + alone):
             count -= alone
         return count
 
-    def _measure(self, shares: dict[Continuation, int], done: _Pass, outputs: list[Output], chosen: float) -> None:
+    def _record_step(
+        self, scheduled: dict[SequenceState, int], forward: _ForwardOutput, outputs: list[Output], chosen: float
+    ) -> None:
         """Count the step; `chosen` is when its tokens were."""
         self._num_steps += 1
         self._num_new_tokens += sum(output.token is not None for output in outputs)
-        if done.only_decodes:
-            times = {"pass_s": chosen - done.began, "draft_s": time.perf_counter() - chosen}
-            self._payoff.observe(len(shares), sum(shares.values()) - len(shares), len(outputs), **times)
+        if forward.only_decodes:
+            times = {"pass_s": chosen - forward.began, "draft_s": time.perf_counter() - chosen}
+            self._adaptive.observe(len(scheduled), sum(scheduled.values()) - len(scheduled), len(outputs), **times)
 
     # What it holds
 
@@ -356,7 +358,7 @@ class Engine:
             num_running=len(scheduler.running),
             num_pages=pool.num_pages,
             num_pages_used=pool.num_used,
-            num_pages_kept=pool.num_kept,
+            num_pages_cached=pool.num_cached,
             prompt_tokens_total=scheduler.num_admitted_tokens,
             shared_tokens_total=scheduler.num_shared_tokens,
             new_tokens_total=self._num_new_tokens,
@@ -364,7 +366,7 @@ class Engine:
             steps_total=self._num_steps,
             drafted=tuple(self._speculation.drafted),
             accepted=tuple(self._speculation.accepted),
-            makes_drafts=self._num_drafts > 0 and self._payoff.follows(max(len(scheduler.running), 1)),
+            makes_drafts=self._num_drafts > 0 and self._adaptive.follows(max(len(scheduler.running), 1)),
         )
 
     def check_integrity(self) -> None:
@@ -374,6 +376,6 @@ class Engine:
             RuntimeError: one of them is broken, which is a defect of ours.
         """
         self._scheduler.check_integrity()
-        alive = {c for continuations in self._requests.values() for c in continuations if not c.is_finished}
+        alive = {c for sequences in self._requests.values() for c in sequences if not c.is_finished}
         if alive != {*self._scheduler.running, *self._scheduler.waiting}:
             raise RuntimeError("engine: broken: a text that has not ended runs or waits, and no other does")

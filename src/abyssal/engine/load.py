@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from abyssal.checkpoint.direct_read import can_read_into, read_into
-from abyssal.checkpoint.fit import Fit
-from abyssal.checkpoint.layout import split_experts
-from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
+from abyssal.checkpoint.hf import ModelReader, load_into, read_model_directory
+from abyssal.checkpoint.hf.direct_read import can_read_into, read_into
+from abyssal.checkpoint.hf.mismatch import Fit
+from abyssal.checkpoint.hf.names import split_experts
 from abyssal.config import ModelConfig
 from abyssal.engine.generation_config import GenerationDefaults, read_generation_defaults
 from abyssal.engine.prepare import prepare_for_inference

@@ -1,6 +1,6 @@
 """The latent cache in pages: one storage for all layers, read and written through tables of pages.
 
-Legend: T packed new tokens, S cached tokens of one continuation, L layers, P pages, C latent dim, R rotary dims.
+Legend: T packed new tokens, S cached tokens of one sequence, L layers, P pages, C latent dim, R rotary dims.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROUND = 64  # each new length of what several texts read costs the matrix librar
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TokenRange:
     """New tokens at the places `start` to `start + count` of a text whose latents lie in `pages`."""
 
     pages: Sequence[int]
@@ -50,42 +50,42 @@ class PagedLatentCache:
         """Bytes of all pages, used or not."""
         return self._storage.nbytes
 
-    def begin(self, spans: Sequence[Span], first_layer: int = 0) -> Context:
-        """Return the context of a pass over the tokens of `spans`, one behind another.
+    def begin(self, ranges: Sequence[TokenRange], first_layer: int = 0) -> Context:
+        """Return the context of a pass over the tokens of `ranges`, one behind another.
 
         Args:
-            spans: the texts that take part, each with at least one token.
+            ranges: the texts that take part, each with at least one token.
             first_layer: what the pass's layers, counted from 0, stand for in the storage.
         """
         device = self._storage.device
-        positions = [place for span in spans for place in range(span.start, span.start + span.count)]
+        positions = [place for new in ranges for place in range(new.start, new.start + new.count)]
         return Context(
-            lengths=tuple(span.count for span in spans),
+            lengths=tuple(new.count for new in ranges),
             positions=torch.tensor(positions, device=device),  # [T]
-            cache=PagedPass(self._storage[first_layer:], spans),
+            cache=PagedCacheView(self._storage[first_layer:], ranges),
         )
 
 
-class PagedPass:
+class PagedCacheView:
     """The cache as one pass sees it: where its new tokens go, and what each of its texts reads."""
 
-    def __init__(self, storage: Tensor, spans: Sequence[Span]) -> None:
+    def __init__(self, storage: Tensor, ranges: Sequence[TokenRange]) -> None:
         """Work out the places once for all layers; `storage` is [L, P, page_tokens, C+R]."""
         self._storage, self.num_appended = storage, 0
         size = self._page_tokens = storage.shape[2]
         slots = [
-            span.pages[place // size] * size + place % size
-            for span in spans
-            for place in range(span.start, span.start + span.count)
+            new.pages[place // size] * size + place % size
+            for new in ranges
+            for place in range(new.start, new.start + new.count)
         ]
         self._slots = torch.tensor(slots, device=storage.device)  # [T]
-        self._lengths = tuple(span.start + span.count for span in spans)
+        self._lengths = tuple(new.start + new.count for new in ranges)
         self._tables = [
-            list(span.pages[: -(-length // size)]) for span, length in zip(spans, self._lengths, strict=True)
+            list(new.pages[: -(-length // size)]) for new, length in zip(ranges, self._lengths, strict=True)
         ]
         self._padded: _Gather | None = None
         self._reads: list[int | _Gather] = []  # of each text its first page, where all lie side by side
-        if len(spans) > 1 and all(span.count == 1 for span in spans):
+        if len(ranges) > 1 and all(new.count == 1 for new in ranges):
             width = -(-max(self._lengths) // ROUND) * ROUND
             num_pages = -(-width // size)
             rows = [table + table[:1] * (num_pages - len(table)) for table in self._tables]
@@ -104,8 +104,8 @@ class PagedPass:
             c_kv: [T, C], normed latents; k_rope: [T, R], rotated keys; both in the cache's dtype, which is not cast.
 
         Returns:
-            For each span [S, C+R], good until the next layer is appended. Where every text has one new token they
-            stand side by side; else each is a view where its pages lie side by side, or a copy.
+            For each range [S, C+R], good until the next layer is appended. Where every sequence has one new token
+            they stand side by side; else each is a view where its pages lie side by side, or a copy.
         """
         pages = self._storage[layer]  # [P, page_tokens, C+R]
         flat = pages.flatten(0, 1)  # [P * page_tokens, C+R], a view

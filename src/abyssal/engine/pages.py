@@ -1,8 +1,8 @@
-"""Which page of the latent cache holds what: in use and by how many, kept for a later request, or empty.
+"""Which page of the latent cache holds what: in use and by how many, cached for a later request, or empty.
 
-A page in use has references, one from each continuation whose table names it. A full page whose last reference goes
-keeps its content under a key, so that a request that begins with the same tokens can take it over; kept pages are
-given away, the one used longest ago first, when empty ones run out.
+A page in use has references, one from each sequence whose table names it. A full page whose last reference goes
+keeps its content under a hash, so that a request that begins with the same tokens can take it over; cached pages are
+evicted, the one used longest ago first, when empty ones run out.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from hashlib import blake2b
 
 import numpy as np
 
-#: The key before the first page.
-ROOT = b""
+#: The hash before the first page.
+ROOT_HASH = b""
 
 
-def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Return the key of a full page: a digest of its tokens and, through its parent's key, of all tokens before."""
+def hash_page(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Return the hash of a full page: a digest of its tokens and, through its parent's hash, of all tokens before."""
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
-    """What a full page holds: its tokens behind those of its parents, which `key` stands for.
+class PageContent:
+    """What a full page holds: its tokens behind those of its parents, which `hash` stands for.
 
     Where the MTP layers follow, their entries on the page know a few tokens behind it, and these are named too: a text
     that parts from this one right there would have others.
     """
 
-    key: bytes
+    hash: bytes
     tokens: tuple[int, ...]
 
 
@@ -49,21 +49,21 @@ class PagePool:
             raise ValueError(f"num_pages={num_pages}, page_tokens={page_tokens}: both must be at least 1")
         self.num_pages, self.page_tokens = num_pages, page_tokens
         self._references = [0] * num_pages
-        self._content: list[Content | None] = [None] * num_pages
+        self._content: list[PageContent | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
-        self._kept: OrderedDict[int, None] = OrderedDict()  # pages without a reference, the longest unused first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # pages without a reference, the longest unused first
         self._empty = np.ones(num_pages, dtype=bool)
         self._num_empty = num_pages
 
     @property
     def num_available(self) -> int:
         """Pages that `allocate` could hand out."""
-        return self._num_empty + len(self._kept)
+        return self._num_empty + len(self._cached)
 
     @property
-    def num_kept(self) -> int:
+    def num_cached(self) -> int:
         """Pages without a reference whose content can still be shared."""
-        return len(self._kept)
+        return len(self._cached)
 
     @property
     def num_used(self) -> int:
@@ -85,7 +85,7 @@ class PagePool:
         if count > self.num_available:
             return None
         while self._num_empty < count:
-            self._give_up(next(iter(self._kept)))
+            self._evict(next(iter(self._cached)))
         pages: list[int] = []
         while len(pages) < count:
             page = -1 if after is None else after + 1
@@ -99,9 +99,9 @@ class PagePool:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """Add a reference to pages that are in use or kept."""
+        """Add a reference to pages that are in use or cached."""
         for page in pages:
-            self._kept.pop(page, None)
+            self._cached.pop(page, None)
             self._references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -112,7 +112,7 @@ class PagePool:
                 if self._content[page] is None:
                     self._make_empty(page)
                 else:
-                    self._kept[page] = None
+                    self._cached[page] = None
 
     def references(self, page: int) -> int:
         """Return how many tables name `page`."""
@@ -120,10 +120,10 @@ class PagePool:
 
     # Sharing by content
 
-    def keep(self, page: int, content: Content) -> None:
-        """Let later requests find a full page in use; what another page holds already is not kept twice."""
-        if content.key not in self._page_of:
-            self._page_of[content.key] = page
+    def cache_page(self, page: int, content: PageContent) -> None:
+        """Let later requests find a full page in use; what another page holds already is not cached twice."""
+        if content.hash not in self._page_of:
+            self._page_of[content.hash] = page
             self._content[page] = content
 
     def find(self, tokens: Sequence[int], lookahead: int) -> list[int]:
@@ -134,34 +134,34 @@ class PagePool:
             lookahead: how many tokens behind a page its content depends on.
         """
         pages: list[int] = []
-        key, size = ROOT, self.page_tokens
+        page_hash, size = ROOT_HASH, self.page_tokens
         for end in range(size, len(tokens) - lookahead + 1, size):
             part = tuple(tokens[end - size : end + lookahead])
-            key = chain_key(key, part)
-            page = self._page_of.get(key)
+            page_hash = hash_page(page_hash, part)
+            page = self._page_of.get(page_hash)
             content = None if page is None else self._content[page]
             if page is None or content is None or content.tokens != part:
                 break
             pages.append(page)
         return pages
 
-    def is_shared_or_kept(self, page: int) -> bool:
+    def is_read_only(self, page: int) -> bool:
         """Whether a page must not be written to: others read it, or will."""
         return self._references[page] > 1 or self._content[page] is not None
 
-    def key(self, page: int) -> bytes:
-        """Return the key of a page that `find` returned."""
+    def hash(self, page: int) -> bytes:
+        """Return the hash of a page that `find` returned."""
         content = self._content[page]
         assert content is not None, "a page without content is not found"
-        return content.key
+        return content.hash
 
     # Inner steps
 
-    def _give_up(self, page: int) -> None:
-        """Empty a kept page."""
+    def _evict(self, page: int) -> None:
+        """Empty a cached page."""
         content = self._content[page]
-        assert content is not None, "a page without content is not kept"
-        del self._page_of[content.key], self._kept[page]
+        assert content is not None, "a page without content is not cached"
+        del self._page_of[content.hash], self._cached[page]
         self._content[page] = None
         self._make_empty(page)
 
@@ -184,20 +184,20 @@ class PagePool:
             RuntimeError: one of them is broken, which is a defect of ours.
         """
         pages = range(self.num_pages)
-        held = {content.key: page for page, content in enumerate(self._content) if content is not None}
+        held = {content.hash: page for page, content in enumerate(self._content) if content is not None}
         rules = {
             "no page has fewer than no references": min(self._references) >= 0,
-            "a page is in use, kept or empty, and one of these": all(
-                (self._references[page] > 0) + (page in self._kept) + bool(self._empty[page]) == 1 for page in pages
+            "a page is in use, cached or empty, and one of these": all(
+                (self._references[page] > 0) + (page in self._cached) + bool(self._empty[page]) == 1 for page in pages
             ),
             "the empty pages are counted": self._num_empty == int(self._empty.sum()),
-            "a kept page has content, an empty one none": all(
+            "a cached page has content, an empty one none": all(
                 self._content[page] is not None
-                if page in self._kept
+                if page in self._cached
                 else not self._empty[page] or not self._content[page]
                 for page in pages
             ),
-            "a key leads to the page that holds its content, and no other page holds it": held == self._page_of
+            "a hash leads to the page that holds its content, and no other page holds it": held == self._page_of
             and len(held) == sum(content is not None for content in self._content),
             "content fills its page": all(
                 content is None or len(content.tokens) >= self.page_tokens for content in self._content

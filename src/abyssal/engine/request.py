@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from abyssal.engine.pages import ROOT
+from abyssal.engine.pages import ROOT_HASH
 from abyssal.engine.sampler import GeneratedToken, Sampler, TokenConstraint
 from abyssal.engine.sampling import SamplingParameters
 from abyssal.engine.text_stream import FinishReason, TextStream
@@ -18,14 +18,14 @@ from abyssal.engine.text_stream import FinishReason, TextStream
 class Request:
     """A prompt and how to continue it.
 
-    `num_continuations` texts follow the prompt, each with random numbers of its own. `end_ids` end a text and are no
+    `num_sequences` texts follow the prompt, each with random numbers of its own. `end_ids` end a text and are no
     part of it; none given, the model's own. `constraint` makes what bars tokens, one for each text. `wants_experts`
     asks for the experts behind each token.
     """
 
     prompt_ids: Sequence[int]
     parameters: SamplingParameters = field(default_factory=SamplingParameters)
-    num_continuations: int = 1
+    num_sequences: int = 1
     end_ids: frozenset[int] | None = None
     constraint: Callable[[], TokenConstraint] | None = None
     wants_experts: bool = False
@@ -53,7 +53,7 @@ class Output:
 
 
 @dataclass(eq=False)
-class Continuation:
+class SequenceState:
     """One text that follows a request's prompt: its tokens, what of them is computed, and its pages.
 
     `num_computed` tokens have their latents in the pages. A step lets it catch up with the tokens and the drafts
@@ -68,16 +68,16 @@ class Continuation:
     end_ids: frozenset[int]
     text: TextStream | None
     wants_experts: bool = False
-    leader: Continuation | None = None  # of the same prompt, which computes it for all
+    leader: SequenceState | None = None  # of the same prompt, which computes it for all
     num_computed: int = 0
     drafts: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
-    num_keyed_pages: int = 0  # full pages that later requests can find
-    key: bytes = ROOT  # of the last of them
+    num_cached_pages: int = 0  # full pages that later requests can find
+    page_hash: bytes = ROOT_HASH  # of the last of them
     lookahead: int = 0  # tokens behind a page that its content depends on: as many as there are MTP layers
-    is_followed: bool = False  # by the MTP layers
-    num_settled: int = 0  # entries of the MTP layers, from tokens of the text alone
-    hidden: Tensor | None = None  # [num_computed - num_settled, D], what their next entries start from
+    follows_mtp: bool = False  # by the MTP layers
+    num_mtp_computed: int = 0  # entries of the MTP layers, from tokens of the text alone
+    mtp_hidden: Tensor | None = None  # [num_computed - num_mtp_computed, D], what their next entries start from
     is_finished: bool = False
     num_prompt_tokens: int = field(init=False)
 
@@ -102,17 +102,17 @@ class Continuation:
 
     @property
     def waits_for_prompt(self) -> bool:
-        """Whether another continuation is about to compute the same prompt."""
+        """Whether another sequence is about to compute the same prompt."""
         leader = self.leader
         return leader is not None and not leader.is_finished and leader.num_computed < leader.num_prompt_tokens
 
     @property
     def num_complete(self) -> int:
         """Tokens whose latents are final, in the MTP layers too where these followed."""
-        return min(self.num_computed, self.num_settled) if self.lookahead else self.num_computed
+        return min(self.num_computed, self.num_mtp_computed) if self.lookahead else self.num_computed
 
-    def start_over(self) -> None:
+    def reset(self) -> None:
         """Forget what is computed; the pages are given back by the caller."""
-        self.num_computed = self.num_settled = 0
-        self.drafts, self.pages, self.hidden, self.is_followed = [], [], None, False
-        self.num_keyed_pages, self.key, self.lookahead = 0, ROOT, 0
+        self.num_computed = self.num_mtp_computed = 0
+        self.drafts, self.pages, self.mtp_hidden, self.follows_mtp = [], [], None, False
+        self.num_cached_pages, self.page_hash, self.lookahead = 0, ROOT_HASH, 0

@@ -1,4 +1,4 @@
-"""How one continuation chooses its tokens: the request's changes to the logits, the draw, the log-probabilities.
+"""How one sequence chooses its tokens: the request's changes to the logits, the draw, the log-probabilities.
 
 Legend: V vocabulary.
 """
@@ -47,7 +47,7 @@ class GeneratedToken:
 
 
 class Sampler:
-    """Draws the tokens of one continuation, with random numbers of its own: one for each token, whatever else runs.
+    """Draws the tokens of one sequence, with random numbers of its own: one for each token, whatever else runs.
 
     The order: logit bias, repetition penalty, frequency and presence penalty, constraint, then `sample`.
     """
@@ -59,7 +59,7 @@ class Sampler:
         index: int = 0,
         constraint: TokenConstraint | None = None,
     ) -> None:
-        """Start behind a prompt; `index` tells the continuations of one request and seed apart."""
+        """Start behind a prompt; `index` tells the sequences of one request and seed apart."""
         self.parameters, self._constraint = parameters, constraint
         self._generator = parameters.generator(index)
         self._counts: Counter[int] = Counter()  # of new tokens

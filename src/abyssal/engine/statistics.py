@@ -18,7 +18,7 @@ class EngineStatistics:
     num_running: int
     num_pages: int
     num_pages_used: int
-    num_pages_kept: int
+    num_pages_cached: int
     prompt_tokens_total: int
     shared_tokens_total: int
     new_tokens_total: int

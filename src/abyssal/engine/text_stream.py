@@ -57,7 +57,7 @@ def stream_text(
     speculation: Speculation | None = None,
     kept: KeptCache | None = None,
 ) -> Iterator[Chunk]:
-    """Yield the continuation of a prompt, one chunk a token; with drafts if there is a `speculation`, which counts.
+    """Yield the sequence of a prompt, one chunk a token; with drafts if there is a `speculation`, which counts.
 
     What `kept` holds of the prompt's beginning is not run again.
 

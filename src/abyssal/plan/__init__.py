@@ -2,12 +2,12 @@
 
 from abyssal.plan.flops import TokenFlops, TrainingFlops, decode_flops, forward_flops, training_flops
 from abyssal.plan.memory import cache_bytes_per_token
-from abyssal.plan.params import ParameterCount, Parts, count_parameters
+from abyssal.plan.parameters import ParameterCount, ParametersByPart, count_parameters
 from abyssal.plan.steps import count_steps
 
 __all__ = [
     "ParameterCount",
-    "Parts",
+    "ParametersByPart",
     "TokenFlops",
     "TrainingFlops",
     "cache_bytes_per_token",

@@ -11,10 +11,10 @@ from abyssal.plan.flops import decode_flops, forward_flops, training_flops
 from abyssal.plan.hardware import Chip, Cluster
 from abyssal.plan.layout import Layout
 from abyssal.plan.memory import cache_bytes_per_token
-from abyssal.plan.params import count_parameters
+from abyssal.plan.parameters import count_parameters
 from abyssal.plan.rank_memory import memory_fault
 from abyssal.plan.schedules import SCHEDULES, Timeline, build_schedule, simulate
-from abyssal.plan.search import Found
+from abyssal.plan.search import SearchResult
 from abyssal.plan.training_plan import TRAFFIC, StepPlan, TrainingPlan
 
 #: The parts of a rank's step as they are called in print, by the simulation's name.
@@ -63,7 +63,7 @@ def plan_facts(plan: TrainingPlan, memory_limit: float) -> dict[str, Any]:
     }
 
 
-def search_facts(found: Found, memory_limit: float) -> dict[str, Any]:
+def search_facts(found: SearchResult, memory_limit: float) -> dict[str, Any]:
     """Return what a search found: layouts by step time, and why the others fail."""
     return {
         "memory_limit": memory_limit,
@@ -189,7 +189,7 @@ def _bubble(step: StepPlan) -> dict[str, Any]:
     }
 
 
-def drawn_step(step: StepPlan) -> Timeline:
+def drawable_timeline(step: StepPlan) -> Timeline:
     """Return the timeline of the same pipeline with few enough micro-batches to be drawn."""
     size = step.layout.pp_size
     fewest = -(-(2 * size + 8) // size) * size

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 from abyssal.config import ModelConfig
-from abyssal.plan.params import Parts, count_parameters
+from abyssal.plan.parameters import ParametersByPart, count_parameters
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _hidden_matrices(config: ModelConfig) -> Iterator[tuple[tuple[int, int], int
         yield (min(a, b), max(a, b)), times
 
 
-def _products(parts: Parts, scores: int, head: int) -> TokenFlops:
+def _products(parts: ParametersByPart, scores: int, head: int) -> TokenFlops:
     """Turn the matrices that a token meets into FLOPs: one multiply-add a weight."""
     return TokenFlops(
         attention_projections=2 * parts.attention,

@@ -15,7 +15,7 @@ from abyssal.config.frozen import Frozen
 from abyssal.errors import UsageError, nearest
 
 #: More than anybody has; a larger number is a slip of the keyboard.
-MOST_DEVICES = 10_000_000
+MAX_DEVICES = 10_000_000
 
 
 class Chip(Frozen):
@@ -97,8 +97,8 @@ def parse_cluster(text: str, chips: dict[str, Chip]) -> Cluster:
         )
     if not colon or not re.fullmatch(r"[+-]?\d+", number):
         raise UsageError(f"--cluster {text}: must read CHIP:DEVICES, such as {name}:64")
-    if not 1 <= int(number) <= MOST_DEVICES:
-        raise UsageError(f"--cluster {text}: the number of devices must be from 1 to {MOST_DEVICES:,}")
+    if not 1 <= int(number) <= MAX_DEVICES:
+        raise UsageError(f"--cluster {text}: the number of devices must be from 1 to {MAX_DEVICES:,}")
     cluster = Cluster(name, chips[name], int(number))
     if cluster.nodes > 1 and cluster.chip.network_bandwidth is None:
         raise UsageError(

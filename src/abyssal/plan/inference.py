@@ -1,4 +1,4 @@
-"""What serving comes to: prefill and decode rates of a unit of devices, the expert-parallel bound, MTP's ceiling.
+"""The plan of serving: prefill and decode rates of a unit of devices, the expert-parallel bound, the most MTP can gain.
 
 Paper: §3.4 for the units; arXiv 2505.09343, section 2.3.2, for the bound.
 """
@@ -11,14 +11,14 @@ from typing import Any
 
 from abyssal.config import ModelConfig
 from abyssal.plan.calibration import Calibration
+from abyssal.plan.communication import DISPATCH_BYTES
 from abyssal.plan.flops import decode_flops
 from abyssal.plan.hardware import Chip, Cluster
 from abyssal.plan.layout import Layout, Precision, divisors
 from abyssal.plan.memory import cache_bytes_per_token
-from abyssal.plan.operations import OPERAND, VALUE, Work
-from abyssal.plan.params import count_parameters
+from abyssal.plan.operations import OPERAND_BYTES, VALUE_BYTES, DeviceWork
+from abyssal.plan.parameters import count_parameters
 from abyssal.plan.stage_costs import block_costs
-from abyssal.plan.traffic import DISPATCHED
 
 #: The report's units: devices of a prefill and of a decode unit, and the tensor parallelism of their attention.
 PREFILL_DEVICES, DECODE_DEVICES, ATTENTION_TP = 32, 320, 4
@@ -75,7 +75,7 @@ def step_bytes(model: ModelConfig, tokens: float, weight_bytes: float = 1.0, cac
     fixed = count.activated_without_embedding - count.activated_main.routed_experts
     if model.tie_word_embeddings:  # the embedding is read as the head
         fixed += count.main.embedding
-    routed = moe_layers * experts_touched(model, tokens) * _expert(model)
+    routed = moe_layers * experts_touched(model, tokens) * _expert_parameters(model)
     return (fixed + routed) * weight_bytes + cached * cache_bytes_per_token(model)
 
 
@@ -85,7 +85,7 @@ def draft_bytes(model: ModelConfig, tokens: float, weight_bytes: float = 1.0) ->
     modules = model.num_nextn_predict_layers
     fixed = (count.activated_mtp.total - count.activated_mtp.routed_experts) / modules
     head = model.vocab_size * model.hidden_size
-    return (fixed + head + experts_touched(model, tokens) * _expert(model)) * weight_bytes
+    return (fixed + head + experts_touched(model, tokens) * _expert_parameters(model)) * weight_bytes
 
 
 def mtp_ceiling(
@@ -115,15 +115,15 @@ def decode_step(
     count, layers = count_parameters(model), model.num_hidden_layers
     tp = math.gcd(math.gcd(ATTENTION_TP, devices), model.num_attention_heads)
     precision = "fp8" if chip.fp8_flops else "bf16"
-    weight = OPERAND[precision]
+    weight = OPERAND_BYTES[precision]
     attention = count.main.attention / tp
     chosen = model.num_experts_per_tok + model.n_shared_experts
     hosted = max(1.0, (model.n_routed_experts + model.n_shared_experts) / devices)
     moe_layers = layers - model.first_k_dense_replace
     touched = hosted * (1.0 - (1.0 - model.num_experts_per_tok / model.n_routed_experts) ** (batch * devices))
     weights = attention + count.main.dense_ffn + count.main.gate * 2 / weight
-    weights += moe_layers * touched * _expert(model)
-    head = model.vocab_size * model.hidden_size / tp * VALUE
+    weights += moe_layers * touched * _expert_parameters(model)
+    head = model.vocab_size * model.hidden_size / tp * VALUE_BYTES
     cache = batch * context * cache_bytes_per_token(model)
     memory_s = (weights * weight + head + cache) / (chip.memory_bandwidth * calibration.memory_bandwidth)
     flops = decode_flops(model, context)
@@ -132,7 +132,7 @@ def decode_step(
     arithmetic_s = linear / (chip.flops(precision) * (chip.matmul_peak or peak))
     arithmetic_s += batch * (flops.attention_scores + flops.head) / (chip.bf16_flops * calibration.attention_forward)
     bandwidth = (chip.network_bandwidth if devices > chip.node_size else chip.nvlink_bandwidth) or math.inf
-    sent = batch * chosen * model.hidden_size * (DISPATCHED[precision] + VALUE) * (1 - 1 / devices)
+    sent = batch * chosen * model.hidden_size * (DISPATCH_BYTES[precision] + VALUE_BYTES) * (1 - 1 / devices)
     communication_s = moe_layers * sent / (bandwidth * calibration.point_to_point)
     return DecodeStep(batch, memory_s, arithmetic_s, communication_s, max(memory_s, arithmetic_s, communication_s))
 
@@ -166,7 +166,7 @@ def prefill_rate(
     chip = cluster.chip
     precision: Precision = "fp8" if chip.fp8_flops else "bf16"
     layout = Layout(ep_size=devices, micro_batch_size=max(1, tokens // length), precision=precision)
-    work = Work(model, layout, length)
+    work = DeviceWork(model, layout, length)
     blocks = block_costs(work, chip, calibration)
     moe_layers = model.num_hidden_layers - model.first_k_dense_replace
     moe, dense = blocks["moe"], blocks["dense"]
@@ -176,19 +176,19 @@ def prefill_rate(
     return work.tokens / seconds
 
 
-def units(model: ModelConfig, cluster: Cluster) -> tuple[int, int]:
+def unit_sizes(model: ModelConfig, cluster: Cluster) -> tuple[int, int]:
     """Return the devices of a prefill and of a decode unit: the report's where cluster and experts allow them."""
-    whole = [n for n in divisors(model.n_routed_experts) if n <= cluster.devices]
-    prefill = max(n for n in whole if n <= PREFILL_DEVICES)
-    one_each = whole[-1] == model.n_routed_experts and cluster.devices >= DECODE_DEVICES
+    sizes = [n for n in divisors(model.n_routed_experts) if n <= cluster.devices]
+    prefill = max(n for n in sizes if n <= PREFILL_DEVICES)
+    one_each = sizes[-1] == model.n_routed_experts and cluster.devices >= DECODE_DEVICES
     # an expert a device, and a quarter more devices for shared experts and copies of busy ones
-    return prefill, DECODE_DEVICES if one_each and 5 * model.n_routed_experts == 4 * DECODE_DEVICES else whole[-1]
+    return prefill, DECODE_DEVICES if one_each and 5 * model.n_routed_experts == 4 * DECODE_DEVICES else sizes[-1]
 
 
 def inference_facts(model: ModelConfig, cluster: Cluster, calibration: Calibration) -> dict[str, Any]:
     """Return what serving the model on units of the cluster's devices comes to."""
     chip, context = cluster.chip, min(CONTEXT, model.max_position_embeddings)
-    prefill, decode = units(model, cluster)
+    prefill, decode = unit_sizes(model, cluster)
     steps = [decode_step(model, chip, calibration, devices=decode, batch=n, context=context) for n in BATCHES]
     bandwidth = (chip.network_bandwidth if decode > chip.node_size else chip.nvlink_bandwidth) if decode > 1 else None
     bound = None
@@ -222,6 +222,6 @@ def inference_facts(model: ModelConfig, cluster: Cluster, calibration: Calibrati
     }
 
 
-def _expert(model: ModelConfig) -> int:
+def _expert_parameters(model: ModelConfig) -> int:
     """Return the parameters of one routed expert."""
     return 3 * model.hidden_size * model.moe_intermediate_size

@@ -13,11 +13,11 @@ from abyssal.plan.schedules import SCHEDULES
 Precision = Literal["fp8", "bf16"]
 Recompute = Literal["published", "none", "full"]
 PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16")
-STATES: tuple[State, ...] = ("published", "trainer")
-State = Literal["published", "trainer"]
+STATE_FORMATS: tuple[StateFormat, ...] = ("published", "trainer")
+StateFormat = Literal["published", "trainer"]
 RECOMPUTES: tuple[Recompute, ...] = ("published", "none", "full")
-#: Schedules whose table pairs a forward with a backward pass, so that one computes while the other communicates.
-PAIRED = ("dualpipe", "dualpipev")
+#: Schedules that pair a forward with a backward pass, so that one computes while the other communicates.
+PAIRED_SCHEDULES = ("dualpipe", "dualpipev")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Layout:
     micro_batch_size: int = 1
     precision: Precision = "fp8"
     recompute: Recompute = "published"
-    state: State = "published"  # what is kept from step to step: the report's formats, or those of Abyssal's trainer
+    state: StateFormat = "published"  # formats kept between steps: the report's, or those of Abyssal's trainer
     overlap: bool | None = None  # all-to-all under computation; none: where the schedule pairs passes
 
     @property
@@ -44,7 +44,7 @@ class Layout:
     @property
     def overlaps(self) -> bool:
         """Whether computation hides the all-to-all of another micro-batch."""
-        return self.schedule in PAIRED if self.overlap is None else self.overlap
+        return self.schedule in PAIRED_SCHEDULES if self.overlap is None else self.overlap
 
     @property
     def stages_of_ranks(self) -> list[list[int]]:
@@ -71,7 +71,7 @@ class Layout:
         rest = "" if self.recompute == "published" else f", recompute {self.recompute}"
         rest += "" if self.state == "published" else f", state {self.state}"
         rest += f", {self.micro_batch_size} sequences a micro-batch" if self.micro_batch_size > 1 else ""
-        if self.overlap is not None and self.overlap != (self.schedule in PAIRED):
+        if self.overlap is not None and self.overlap != (self.schedule in PAIRED_SCHEDULES):
             rest += ", overlap" if self.overlap else ", no overlap"
         return f"{self.schedule} PP{self.pp_size}{interleaved} EP{self.ep_size}{degrees}, {self.precision}{rest}"
 
@@ -81,12 +81,12 @@ PUBLISHED = Layout(pp_size=16, ep_size=64, schedule="dualpipe")
 
 
 #: The fields of a stage that cost time and activations.
-KINDS = ("dense", "moe", "mtp", "heads")
+BLOCK_KINDS = ("dense", "moe", "mtp", "heads")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The blocks of a pipeline stage."""
+class StageBlocks:
+    """The blocks of a pipeline stage, by kind."""
 
     embedding: bool
     dense: int
@@ -109,7 +109,7 @@ def check_layout(layout: Layout, model: ModelConfig, cluster: Cluster) -> None:
         (layout.schedule, tuple(SCHEDULES), "schedule"),
         (layout.precision, PRECISIONS, "precision"),
         (layout.recompute, RECOMPUTES, "recompute"),
-        (layout.state, STATES, "state"),
+        (layout.state, STATE_FORMATS, "state"),
     ):
         if value not in allowed:
             raise UsageError(f"{name}={value}: must be one of {', '.join(allowed)}{nearest(value, allowed)}")
@@ -128,7 +128,7 @@ def check_layout(layout: Layout, model: ModelConfig, cluster: Cluster) -> None:
         )
 
 
-def micro_batches(layout: Layout, run: RunConfig, cluster: Cluster, batch_size: int) -> int:
+def count_micro_batches(layout: Layout, run: RunConfig, cluster: Cluster, batch_size: int) -> int:
     """Return the micro-batches of a step of `batch_size` sequences, on each data-parallel rank.
 
     Raises:
@@ -146,7 +146,7 @@ def micro_batches(layout: Layout, run: RunConfig, cluster: Cluster, batch_size: 
     return batch_size // portion
 
 
-def assign_stages(layout: Layout, model: ModelConfig, block_times: dict[str, float]) -> list[Stage]:
+def assign_stages(layout: Layout, model: ModelConfig, block_times: dict[str, float]) -> list[StageBlocks]:
     """Cut a model into stages so that the busiest rank has the least to do; the report does not say how it is cut.
 
     Layers go one by one to the rank with the least work. Embedding and dense layers are in the first stages; last
@@ -173,7 +173,9 @@ def assign_stages(layout: Layout, model: ModelConfig, block_times: dict[str, flo
         dense = max(0, min(model.first_k_dense_replace - seen, count))
         seen += count
         at_end = stage == layout.num_stages - 1
-        stages.append(Stage(stage == 0, dense, count - dense, modules if at_end else 0, 1 + modules if at_end else 0))
+        stages.append(
+            StageBlocks(stage == 0, dense, count - dense, modules if at_end else 0, 1 + modules if at_end else 0)
+        )
     return stages
 
 

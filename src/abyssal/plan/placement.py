@@ -49,7 +49,7 @@ class Placement:
         return [max(row) * len(row) / total if (total := sum(row)) > 0 else 1.0 for row in self.gpu_loads(loads)]
 
     @property
-    def twins(self) -> int:
+    def num_duplicates(self) -> int:
         """How often a GPU holds a second copy of the same expert, which spreads nothing; over all layers."""
         return sum(
             len(here) - len(set(here))
@@ -59,7 +59,7 @@ class Placement:
         )
 
 
-def in_order(layers: int, experts: int, gpus: int) -> Placement:
+def placement_in_order(layers: int, experts: int, gpus: int) -> Placement:
     """Return the placement without copies: the experts in order, as evenly by number as they divide."""
     return Placement((tuple(range(experts)),) * layers, gpus)
 

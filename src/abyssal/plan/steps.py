@@ -10,10 +10,10 @@ from abyssal.config import RunConfig
 
 def count_steps(run: RunConfig, tokens: float | None = None) -> int:
     """Return the optimizer steps that see the first `tokens` of the run; without it, the whole run."""
-    return sum(steps for _, steps in batches(run, tokens))
+    return sum(steps for _, steps in steps_by_batch_size(run, tokens))
 
 
-def batches(run: RunConfig, tokens: float | None = None) -> Iterator[tuple[int, int]]:
+def steps_by_batch_size(run: RunConfig, tokens: float | None = None) -> Iterator[tuple[int, int]]:
     """Yield (sequences a step, so many such steps) for the first `tokens` of the run; without it, the whole run.
 
     The batch ramp is walked step by step, and what follows it is divided. The last step may reach past the end.

@@ -1,4 +1,4 @@
-"""The plan of a training run: whether it fits, how long a step is and where its time goes, hours and money."""
+"""The plan of a training run: memory, the time of a step and its parts, hours and money."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from abyssal.config import RunConfig
 from abyssal.errors import UsageError
 from abyssal.plan.calibration import Calibration
+from abyssal.plan.communication import LinkBytes, reduction_bytes, stage_boundary_bytes
 from abyssal.plan.flops import muon_flops, training_flops
 from abyssal.plan.hardware import Cluster
-from abyssal.plan.layout import Layout, check_layout, micro_batches
-from abyssal.plan.operations import Work
+from abyssal.plan.layout import Layout, check_layout, count_micro_batches
+from abyssal.plan.operations import DeviceWork
 from abyssal.plan.rank_memory import RankMemory, rank_memory, rank_parameters, replicas
 from abyssal.plan.schedules import Timeline, build_schedule, simulate
 from abyssal.plan.stage_costs import PipelineCosts, block_costs, pipeline_costs
-from abyssal.plan.steps import batches
-from abyssal.plan.traffic import Traffic, reduce_traffic, stage_traffic
+from abyssal.plan.steps import steps_by_batch_size
 
 HOUR = 3600.0
 #: What a device sends bytes for, in the order of `StepPlan.traffic`.
@@ -37,7 +37,7 @@ class StepPlan:
     timeline: Timeline
     optimizer_s: float
     memory: tuple[RankMemory, ...]  # of a device of each pipeline rank
-    traffic: tuple[Traffic, ...]  # bytes a device sends in a step, by what for; see `TRAFFIC`
+    traffic: tuple[LinkBytes, ...]  # bytes a device sends in a step, by what for; see `TRAFFIC`
 
     @property
     def seconds(self) -> float:
@@ -86,30 +86,30 @@ def plan_step(
     """
     check_layout(layout, run.model, cluster)
     batch_size = run.batch_size_at(run.train.tokens) if batch_size is None else batch_size
-    portions = micro_batches(layout, run, cluster, batch_size)
+    num_micro_batches = count_micro_batches(layout, run, cluster, batch_size)
     stages = layout.stages_per_rank if layout.schedule == "interleaved" else None
-    schedule = build_schedule(layout.schedule, layout.pp_size, portions, stages)
+    schedule = build_schedule(layout.schedule, layout.pp_size, num_micro_batches, stages)
     length = run.train.sequence_length
-    work = Work(run.model, layout, length, run.optimizer.name)
+    work = DeviceWork(run.model, layout, length, run.optimizer.name)
     pipeline = pipeline_costs(work, block_costs(work, cluster.chip, calibration), calibration)
-    sent = stage_traffic(run.model, layout, cluster.chip, work.tokens)
+    sent = stage_boundary_bytes(run.model, layout, cluster.chip, work.tokens)
     travel = sent.seconds(cluster.chip)
     timeline = simulate(schedule, pipeline.simulated(), lambda source, target: travel)
     optimizer_s, reduced = optimizer_cost(work, cluster, pipeline, calibration)
     blocks = [pipeline.costs[n].traffic for n in layout.stages_of_ranks[layout.pp_size // 2]]
     copies = 0.5 if layout.schedule == "dualpipe" and layout.pp_size > 1 else 1.0
-    inside = sum(blocks, Traffic()) * (2 * portions * copies)
+    inside = sum(blocks, LinkBytes()) * (2 * num_micro_batches * copies)
     return StepPlan(
         run=run,
         cluster=cluster,
         layout=layout,
         batch_size=batch_size,
-        micro_batches=portions,
+        micro_batches=num_micro_batches,
         pipeline=pipeline,
         timeline=timeline,
         optimizer_s=optimizer_s,
         memory=rank_memory(work, cluster, pipeline.stages, schedule),
-        traffic=(inside, sent * (2.0 * portions * layout.num_stages / layout.pp_size), reduced),
+        traffic=(inside, sent * (2.0 * num_micro_batches * layout.num_stages / layout.pp_size), reduced),
     )
 
 
@@ -154,7 +154,7 @@ def plan_phase(run: RunConfig, cluster: Cluster, layout: Layout, calibration: Ca
     serves where a ramp begins with fewer than the schedule takes.
     """
     step = plan_step(run, cluster, layout, calibration)
-    counted = list(batches(run))
+    counted = list(steps_by_batch_size(run))
     slope, offset = _line(step, calibration) if len(counted) > 1 else (step.seconds / step.micro_batches, 0.0)
     portion = layout.dp_size(cluster) * layout.micro_batch_size
     seconds = sum(count * (slope * size / portion + offset) for size, count in counted)
@@ -177,7 +177,9 @@ def plan_training(
                 f"phase's {first}"
             )
     layouts = [replace(layout, cp_size=layout.cp_size * (run.train.sequence_length // first)) for run in runs]
-    phases = (plan_phase(run, cluster, wide, calibration) for run, wide in zip(runs, layouts, strict=True))
+    phases = (
+        plan_phase(run, cluster, unquantized, calibration) for run, unquantized in zip(runs, layouts, strict=True)
+    )
     return TrainingPlan(tuple(phases), price)
 
 
@@ -190,17 +192,17 @@ def _line(step: StepPlan, calibration: Calibration) -> tuple[float, float]:
 
 
 def optimizer_cost(
-    work: Work, cluster: Cluster, pipeline: PipelineCosts, calibration: Calibration
-) -> tuple[float, Traffic]:
+    work: DeviceWork, cluster: Cluster, pipeline: PipelineCosts, calibration: Calibration
+) -> tuple[float, LinkBytes]:
     """Return the seconds of reducing gradients and updating weights, on the rank that has most, and its bytes."""
     layout, chip = work.layout, cluster.chip
     dense_ranks, expert_ranks = replicas(layout, cluster)
-    slowest, most = 0.0, Traffic()
+    slowest, most = 0.0, LinkBytes()
     for stages in layout.stages_of_ranks:
         held = rank_parameters(work.model, layout, [pipeline.stages[n] for n in stages])
-        sent = reduce_traffic(held.dense + held.wide, dense_ranks, 1, chip, layout.precision)
-        sent += reduce_traffic(held.experts, expert_ranks, layout.ep_size, chip, layout.precision)
-        shard = (held.dense + held.wide) / dense_ranks + held.experts / expert_ranks
+        sent = reduction_bytes(held.dense + held.unquantized, dense_ranks, 1, chip, layout.precision)
+        sent += reduction_bytes(held.experts, expert_ranks, layout.ep_size, chip, layout.precision)
+        shard = (held.dense + held.unquantized) / dense_ranks + held.experts / expert_ranks
         update = shard * UPDATE_BYTES / (chip.memory_bandwidth * calibration.memory_bandwidth)
         if work.optimizer == "muon":
             orthogonal = muon_flops(work.model) / (layout.pp_size * dense_ranks)

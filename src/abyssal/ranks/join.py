@@ -13,8 +13,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from abyssal.errors import RankError, Stopped, UsageError
+from abyssal.ranks.heartbeat import Heartbeats
 from abyssal.ranks.launch import Launch, read_launch
-from abyssal.ranks.watch import Watch, watched_ranks
 
 if TYPE_CHECKING:  # a launch that is wrong is told without waiting for torch
     from torch._C._distributed_c10d import Store
@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # a launch that is wrong is told without waiting for torch
     from abyssal.ranks.ranks import Ranks
 
 #: How long the ranks of a launch may be apart when they come, seconds: imports from a loaded file server take minutes.
-MEET_S = 600.0
+RENDEZVOUS_S = 600.0
 #: How long one collective may take, seconds: the last resort, where nothing else has ended a run that hangs.
 COLLECTIVE_S = 600.0
-#: How long a rank may give no sign of life, seconds.
+#: How long a rank may give no heartbeat, seconds.
 SILENCE_S = 30.0
 _OFFER_S = 1.0  # between two looks at whether another rank 0 has come meanwhile
 
@@ -37,10 +37,10 @@ def join(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> It
     On CUDA collectives go over NCCL, those of tensors in main memory over gloo; without CUDA all over gloo. The groups
     are destroyed at the end. After an error they are not, since that waits for other ranks: the process must end
     instead (`abyssal.cli.main.run`). Of one fault that many ranks meet, one rank raises the sentence, the others
-    SystemExit; so do all where a rank died or hangs, which is named on stderr (`abyssal.ranks.watch`).
+    SystemExit; so do all where a rank died or hangs, which is named on stderr (`abyssal.ranks.heartbeat_monitor`).
 
     Args:
-        silence_s: a rank that gives no sign of life for so long ends the run.
+        silence_s: a rank that gives no heartbeat for so long ends the run.
         timeout_s: of one collective.
 
     Raises:
@@ -58,28 +58,24 @@ def join(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> It
         return
     from torch._C._distributed_c10d import PrefixStore
 
-    name = meet(store, launch.rank, launch.world_size)
-    own = PrefixStore(name, store)
-    watched = watched_ranks(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
-    # a connection of its own: what waits for a key in the main thread must not hold up signs of life
-    signs = PrefixStore("watch", PrefixStore(name, store.clone()))  # type: ignore[attr-defined]
-    watch = Watch(signs, launch.rank, watched, silence_s)
-    watch.start()
+    name = rendezvous(store, launch.rank, launch.world_size)
+    heartbeats = Heartbeats(launch, PrefixStore(f"{name}/heartbeats", store), name, silence_s)
     try:
-        _make_group(PrefixStore("group", own), launch, timeout_s)
-        yield Ranks.of_world(launch)
+        _make_group(PrefixStore(f"{name}/group", store), launch, timeout_s)
+        yield Ranks.of_world(launch, heartbeats)
+        _leave_together(heartbeats)
     except Stopped:
-        _leave_together(watch)
+        _leave_together(heartbeats)
         raise
     except KeyboardInterrupt:
-        watch.tell(f"rank {launch.rank}: interrupted")
-        watch.give_way()
+        heartbeats.report(f"rank {launch.rank}: interrupted")
         raise
     except BaseException as error:
-        if _is_told(error, watch, launch.rank):
+        if _is_explained(error, heartbeats):
             raise SystemExit(getattr(error, "exit_code", RankError.exit_code)) from None
         raise
-    _leave_together(watch)
+    finally:
+        heartbeats.close()
     import torch.distributed as dist
 
     dist.destroy_process_group()
@@ -98,25 +94,21 @@ def _make_group(store: Store, launch: Launch, timeout_s: float) -> None:
     )
 
 
-def _leave_together(watch: Watch) -> None:
+def _leave_together(heartbeats: Heartbeats) -> None:
     """Wait until all ranks are done: the first to end would look dead to the others, and may hold the store."""
     import torch
     import torch.distributed as dist
 
-    watch.stop_judging()
+    heartbeats.done()
     with suppress(RuntimeError):  # gone already
         dist.all_reduce(torch.zeros(1))  # of main memory, so over gloo
-    watch.stop()
 
 
-def _is_told(error: BaseException, watch: Watch, rank: int) -> bool:
-    """Whether another rank tells why the run ends, so that this one need not; else it is told that this one did."""
-    try:
-        if is_lost_contact(error):
-            return watch.miss() is not None or not watch.tell(f"rank {rank}: {error}")
-        return not watch.tell(f"rank {rank}: {type(error).__name__}: {error}")
-    finally:
-        watch.give_way()
+def _is_explained(error: BaseException, heartbeats: Heartbeats) -> bool:
+    """Whether another rank's failure explains why this one ends; else that of this one is now the run's."""
+    if not is_lost_contact(error):
+        return not heartbeats.report(f"rank {heartbeats.rank}: {type(error).__name__}: {error}")
+    return heartbeats.report_lost() is not None or not heartbeats.report(f"rank {heartbeats.rank}: {error}")
 
 
 def is_lost_contact(error: BaseException) -> bool:
@@ -155,7 +147,7 @@ def open_store(launch: Launch) -> Store:
             launch.host,
             launch.port,
             is_master=serves,
-            timeout=timedelta(seconds=MEET_S),
+            timeout=timedelta(seconds=RENDEZVOUS_S),
             wait_for_workers=False,
             multi_tenant=True,
         )
@@ -167,7 +159,7 @@ def open_store(launch: Launch) -> Store:
         ) from None
 
 
-def meet(store: Store, rank: int, world_size: int, timeout_s: float = MEET_S) -> str:
+def rendezvous(store: Store, rank: int, world_size: int, timeout_s: float = RENDEZVOUS_S) -> str:
     """Return a name for this attempt, the same on all ranks, that no earlier attempt had.
 
     A store that outlives the ranks still holds the addresses of those that were killed, so each attempt needs keys of

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from abyssal.errors import AbyssalError, RankError, first_line
+from abyssal.ranks.heartbeat import Heartbeats
 from abyssal.ranks.launch import Launch
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Ranks:
         *,
         group: dist.ProcessGroup | None = None,
         launch: Launch | None = None,
+        heartbeats: Heartbeats | None = None,
     ) -> None:
         """Take the ranks of `control`, which has a backend for the CPU (gloo) and which nobody else uses meanwhile.
 
@@ -58,19 +60,21 @@ class Ranks:
             control: none: this process alone.
             group: of the same ranks, for sums, which may be on other devices; `control` if not given.
             launch: what the launcher says about this process.
+            heartbeats: that marks travel with.
         """
         self.control, self.group, self.launch = control, group or control, launch or Launch()
+        self._heartbeats = heartbeats
         self.rank, self.world_size = (0, 1)
         if control is not None:
             self.rank, self.world_size = dist.get_rank(control), dist.get_world_size(control)
 
     @classmethod
-    def of_world(cls, launch: Launch | None = None) -> Self:
+    def of_world(cls, launch: Launch | None = None, heartbeats: Heartbeats | None = None) -> Self:
         """Return those of the default process group, if there is one; called by all ranks."""
         if not dist.is_initialized():
             return cls(launch=launch)
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=FIRST_TIMEOUT_S))
-        return cls(control, group=dist.group.WORLD, launch=launch)
+        return cls(control, group=dist.group.WORLD, launch=launch, heartbeats=heartbeats)
 
     @property
     def is_first(self) -> bool:
@@ -94,6 +98,8 @@ class Ranks:
         run ends; not at a mark that comes for the first time, at which a machine compiles and allocates, nor at one
         that `may_take_long`: data preparation, evaluation, reading and writing states and exports.
         """
+        if self._heartbeats is not None:
+            self._heartbeats.mark(name, may_take_long=may_take_long)
 
     # Values of every rank
 
@@ -149,20 +155,20 @@ class Ranks:
         else:
             messages = [message, *self._hear_others()]
             answers: Any = None
-            if faults := [found for found in messages if isinstance(found, _Fault)]:
+            if faults := [answered for answered in messages if isinstance(answered, _Fault)]:
                 answers = _combined(faults)
             else:
                 error, answers = self._attempt(lambda: decide(messages))
             if isinstance(answers, _Fault):
                 answers = [answers] * self.world_size
-            lost = {rank for rank, found in enumerate(messages) if isinstance(found, _Fault) and found.lost}
+            lost = {rank for rank, answered in enumerate(messages) if isinstance(answered, _Fault) and answered.lost}
             self._answer(answers, lost)
             answer = answers[0]
         return self._accept(answer, error)  # type: ignore[no-any-return]
 
     def agree(self, part: Callable[[], T], decide: Callable[[list[T]], R]) -> R:
         """Do the same where every rank gets what `decide` returned."""
-        return self.scatter(part, lambda found: [decide(found)] * self.world_size)
+        return self.scatter(part, lambda results: [decide(results)] * self.world_size)
 
     def together(self, part: Callable[[], T]) -> T:
         """Run `part` on every rank and return what it returned here, once none has failed."""
@@ -239,7 +245,7 @@ class Ranks:
         """Return what `work` raised, and the message about it; the message is its result where it raised nothing."""
         try:
             return None, work()
-        except BaseException as error:  # Ctrl-C too: the others wait for a word
+        except BaseException as error:  # Ctrl-C too: the others wait for a message
             if not isinstance(error, AbyssalError):
                 return error, _Fault(RankError, f"{self.name(self.rank)}: {first_line(error)}")
             plain = next(kind for kind in type(error).__mro__ if "__init__" not in vars(kind))  # made of a sentence

@@ -16,15 +16,15 @@ from starlette.routing import Route
 from abyssal import __version__
 from abyssal.engine import AsyncEngine, Engine, EngineOptions, LoadedModel
 from abyssal.errors import AbyssalError, nearest
-from abyssal.server.answers import Answer
 from abyssal.server.chat_page import add_chat_page
 from abyssal.server.connection import EventStream, NoResponse, while_connected
 from abyssal.server.faults import ApiError, fault_of
-from abyssal.server.fields import ChatFields, CompletionFields, GenerationFields
-from abyssal.server.gate import RECORD, Gate, GoneError
 from abyssal.server.generation import Generation
 from abyssal.server.json_text import to_json
 from abyssal.server.options import ServerOptions
+from abyssal.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from abyssal.server.request_limits import RECORD, DisconnectedError, RequestLimits
+from abyssal.server.responses import ResponseBuilder
 from abyssal.server.service import Service
 from abyssal.server.validation import fault_of_fields
 from abyssal.text.chat_template import ChatTemplate
@@ -60,7 +60,7 @@ def create_app(
     app = FastAPI(title="Abyssal", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     service = Service(loaded, driver, engine_options, options, template)
     app.state.engine, app.state.driver, app.state.service = engine, driver, service
-    app.add_middleware(Gate, options=options, count=service.metrics.count_answer)
+    app.add_middleware(RequestLimits, options=options, count=service.metrics.count_response)
     app.add_exception_handler(AbyssalError, _refused)
     app.add_exception_handler(RequestValidationError, _fields_refused)
     app.add_exception_handler(HTTPException, _not_found)
@@ -75,18 +75,18 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     """Add the endpoints that generate."""
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatFields, request: Request) -> Response:
-        """Answer a conversation."""
-        return await _answered(request, body, *await service.chat(body))
+    async def chat(body: ChatCompletionRequest, request: Request) -> Response:
+        """Generate the next message of a conversation."""
+        return await _respond(request, body, *await service.chat(body))
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionFields, request: Request) -> Response:
-        """Continue texts."""
-        return await _answered(request, body, *await service.complete(body))
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue the prompts."""
+        return await _respond(request, body, *await service.complete(body))
 
 
 def _add_models(app: FastAPI, name: str, context_length: int) -> None:
-    """Add the endpoints that tell what is served."""
+    """Add the endpoints that describe the model served."""
     description = {
         "id": name,
         "object": "model",
@@ -113,53 +113,55 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        """Tell whether requests are taken."""
+        """Say whether requests are accepted."""
         if service.driver.is_draining:
             raise ApiError(503, "the server is about to stop", code="shutting_down")
         return _json({"status": "ok"})
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
-        """Tell Prometheus."""
+        """Return the metrics for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
 
-async def _answered(request: Request, body: GenerationFields, generation: Generation, answer: Answer) -> Response:
-    """Return the answer of a generation that has begun, as a stream or whole."""
+async def _respond(
+    request: Request, body: GenerationRequest, generation: Generation, builder: ResponseBuilder
+) -> Response:
+    """Return the response of a generation that has begun, streamed or complete."""
     record: dict[str, Any] = request.scope["state"][RECORD]
-    record["prompt_tokens"] = answer.usage.prompt_tokens
+    record["prompt_tokens"] = builder.usage.prompt_tokens
 
     async def close() -> None:
-        record["completion_tokens"] = answer.usage.completion_tokens
+        record["completion_tokens"] = builder.usage.completion_tokens
         await generation.aclose()
 
     if body.stream:
         wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return EventStream(_events(generation, answer, record, wants_usage=wants_usage), close)
+        return EventStream(_events(generation, builder, record, wants_usage=wants_usage), close)
 
     async def collect() -> None:
         async for number, output in generation.outputs():
-            answer.chunks(number, output)
+            builder.chunks(number, output)
 
     try:
         await while_connected(request.receive, collect())
-    except GoneError:
+    except DisconnectedError:
         return NoResponse()
     finally:
         await close()
-    return _json(answer.whole())
+    return _json(builder.response())
 
 
 async def _events(
-    generation: Generation, answer: Answer, record: dict[str, Any], *, wants_usage: bool
+    generation: Generation, builder: ResponseBuilder, record: dict[str, Any], *, wants_usage: bool
 ) -> AsyncIterator[bytes]:
-    """Yield the chunks of an answer as server-sent events; a fault on the way is the last one."""
+    """Yield the chunks of a response as server-sent events; a fault in between is the last one."""
     try:
         async for number, output in generation.outputs():
-            if chunks := answer.chunks(number, output):
+            if chunks := builder.chunks(number, output):
                 yield b"".join(_event({**chunk, "usage": None} if wants_usage else chunk) for chunk in chunks)
         if wants_usage:
-            yield _event(answer.usage_chunk())
+            yield _event(builder.usage_chunk())
         yield b"data: [DONE]\n\n"
     except ApiError as fault:
         record["error"] = fault.code or fault.message
@@ -187,8 +189,8 @@ async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     asked = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        like = nearest(request.url.path, (route.path for route in request.app.routes if isinstance(route, Route)))
-        return ApiError(404, f"{asked}: there is no such page{like}", code="not_found").response()
+        hint = nearest(request.url.path, (route.path for route in request.app.routes if isinstance(route, Route)))
+        return ApiError(404, f"{asked}: there is no such page{hint}", code="not_found").response()
     allowed = (error.headers or {}).get("Allow")
     sentence = f"{asked}: this address takes {allowed}" if allowed else str(error.detail)
     response = ApiError(error.status_code, sentence).response()

@@ -11,15 +11,15 @@ from pydantic import Field
 from starlette.responses import Response
 
 from abyssal.server.faults import ApiError
-from abyssal.server.fields import Fields
 from abyssal.server.json_text import to_json
 from abyssal.server.markdown import render_markdown
+from abyssal.server.protocol import StrictFields
 from abyssal.server.service import Service
 
 INDEX = "index.html"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 FILES = ("chat.css", "chat.js", "conversation.js", "inspector.js", "icon.svg")
-LONGEST_MARKDOWN = 200_000  # characters
+MAX_MARKDOWN_LENGTH = 200_000  # characters
 #: Nothing from elsewhere, nothing inline, nobody's frame; HTML enters the page through one named policy.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
@@ -34,10 +34,10 @@ HEADERS = {
 }
 
 
-class MarkdownFields(Fields):
+class MarkdownRequest(StrictFields):
     """The body of /v1/abyssal/markdown."""
 
-    text: Annotated[str, Field(max_length=LONGEST_MARKDOWN)]
+    text: Annotated[str, Field(max_length=MAX_MARKDOWN_LENGTH)]
 
 
 def add_chat_page(app: FastAPI, service: Service) -> None:
@@ -58,11 +58,11 @@ def add_chat_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/abyssal/about", response_model=None)
     async def describe() -> Response:
-        """Tell what the page shows of the model."""
+        """Describe the model to the page."""
         return Response(to_json(about), media_type="application/json")
 
     @app.post("/v1/abyssal/markdown", response_model=None)
-    async def markdown(body: MarkdownFields) -> Response:
+    async def markdown(body: MarkdownRequest) -> Response:
         """Render Markdown to HTML without anything that runs or loads."""
         html = await asyncio.to_thread(render_markdown, body.text)
         return Response(to_json({"html": html}), media_type="application/json")

@@ -1,4 +1,4 @@
-"""Work for a client that may leave: whatever it was, it ends when the client does."""
+"""Work for a client that may disconnect: it is cancelled when the client does."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from abyssal.server.gate import GoneError
+from abyssal.server.request_limits import DisconnectedError
 
 Result = TypeVar("Result")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of `work`, which is cancelled where the client leaves before.
+    """Return the result of `work`, which is cancelled if the client disconnects first.
 
     Raises:
-        GoneError: the client left.
+        DisconnectedError: the client did.
     """
-    tasks = (asyncio.ensure_future(work), asyncio.ensure_future(_leaves(receive)))
+    tasks = (asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive)))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise GoneError
+            raise DisconnectedError
         return tasks[0].result()
     finally:
         for task in tasks:
@@ -33,14 +33,14 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _leaves(receive: Receive) -> None:
-    """Return when the client has left."""
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class NoResponse(Response):
-    """Nothing, for a client that is not there any more."""
+    """No response, for a client that has disconnected."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send nothing."""
@@ -58,9 +58,9 @@ class EventStream(Response):
         self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the events end or the client leaves."""
+        """Send until the events end or the client disconnects."""
         try:
-            with suppress(GoneError, OSError):  # nobody is there to hear more
+            with suppress(DisconnectedError, OSError):  # nobody is left to send to
                 await while_connected(receive, self._write(send))
         finally:
             await self._close()

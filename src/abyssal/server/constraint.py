@@ -1,4 +1,4 @@
-"""Text of a given form: llguidance's grammars as constraints on the engine's tokens."""
+"""Structured output: llguidance's grammars as constraints on the tokens that the engine samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from abyssal.engine import TokenConstraint
 from abyssal.errors import UsageError
-from abyssal.server.fields import FunctionDefinition
 from abyssal.server.output_parser import (
     CALL,
     CALLS,
@@ -24,6 +23,7 @@ from abyssal.server.output_parser import (
     FUNCTION,
     SEPARATOR,
 )
+from abyssal.server.protocol import FunctionDefinition
 from abyssal.text.tokenizer import Tokenizer
 
 #: White space between the tokens of JSON is free, but bounded: a model could go on with it for ever.
@@ -31,10 +31,10 @@ JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,2
 
 
 class GrammarConstraint:
-    """What a grammar allows next; an end token where the text may end."""
+    """Allows the tokens that a grammar accepts next, and an end token where the text may end."""
 
     def __init__(self, matcher: LLMatcher) -> None:
-        """Start with a matcher of its own."""
+        """Take a matcher that nobody else uses."""
         self._matcher = matcher
 
     def allowed(self) -> Tensor:
@@ -43,9 +43,9 @@ class GrammarConstraint:
         Raises:
             UsageError: the grammar became too large to follow.
         """
-        marks = bytearray(self._matcher.compute_logit_bias())
+        biases = bytearray(self._matcher.compute_logit_bias())
         self._check()
-        mask = torch.frombuffer(marks, dtype=torch.uint8) > 0
+        mask = torch.frombuffer(biases, dtype=torch.uint8) > 0
         if not mask.any():
             raise UsageError("response_format: no token of this model can follow; ask for another form")
         return mask
@@ -60,26 +60,26 @@ class GrammarConstraint:
             raise UsageError(f"response_format: cannot be followed any further ({_first_line(self._matcher)})")
 
 
-class Grammars:
-    """Makes constraints for one tokenizer; compiling one can take long, so call it outside the event loop."""
+class GrammarCompiler:
+    """Compiles grammars into constraints for one tokenizer; this can take long, so call it outside the event loop."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: frozenset[int]) -> None:
         """Read the vocabulary; `vocab_size` is the model's, [V] of the logits."""
         self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=sorted(end_ids) or None)
         self._encode = tokenizer.encode
 
-    def of_json(self, schema: Mapping[str, Any], *, after_reasoning: bool) -> Callable[[], TokenConstraint]:
-        """Return constraints to JSON of a schema, behind the end of the reasoning where there is some.
+    def for_json(self, schema: Mapping[str, Any], *, after_reasoning: bool) -> Callable[[], TokenConstraint]:
+        """Return what makes constraints to JSON of a schema, which follows the reasoning where there is any.
 
         Raises:
             UsageError: the schema cannot be followed.
         """
-        return self._compiled("response_format", f"start: {_behind(after_reasoning)}{_json(schema)}")
+        return self._compile("response_format", f"start: {_after(after_reasoning)}{_json(schema)}")
 
-    def of_calls(
+    def for_tool_calls(
         self, functions: Sequence[FunctionDefinition], *, several: bool, after_reasoning: bool
     ) -> Callable[[], TokenConstraint]:
-        """Return constraints to calls of these functions, at least one.
+        """Return what makes constraints to calls of these functions, at least one.
 
         Raises:
             UsageError: a schema of parameters cannot be followed.
@@ -90,14 +90,14 @@ class Grammars:
             for function in functions
         )
         lines = (
-            f"start: {_behind(after_reasoning)}{self._mark(CALLS)} {calls} {self._mark(END_CALLS)}",
-            f"call: {self._mark(CALL)} {_literal(FUNCTION)} {self._mark(SEPARATOR)} function {_literal(END_FENCE)} "
-            f"{self._mark(END_CALL)}",
+            f"start: {_after(after_reasoning)}{self._tag(CALLS)} {calls} {self._tag(END_CALLS)}",
+            f"call: {self._tag(CALL)} {_literal(FUNCTION)} {self._tag(SEPARATOR)} function {_literal(END_FENCE)} "
+            f"{self._tag(END_CALL)}",
             f"function: {choices}",
         )
-        return self._compiled("tools", "\n".join(lines))
+        return self._compile("tools", "\n".join(lines))
 
-    def _compiled(self, field: str, rules: str) -> Callable[[], TokenConstraint]:
+    def _compile(self, field: str, rules: str) -> Callable[[], TokenConstraint]:
         token = self._token(END_THINK)  # any text up to it is reasoning
         reasoning = f'[suffix="{END_THINK}"]: /(?s:.*)/' if token is None else f": /(?s:.*)/ <[{token}]>"
         grammar = LLMatcher.grammar_from_lark(f"{rules}\nreasoning{reasoning}\n")
@@ -106,18 +106,18 @@ class Grammars:
             raise UsageError(f"{field}: cannot be followed ({_first_line(matcher)})")
         return lambda: GrammarConstraint(matcher.deep_copy())
 
-    def _mark(self, mark: str) -> str:
-        """Return a mark as the tokenizer has it: a token of its own, which no spelling can stand for, or text."""
-        token = self._token(mark)
-        return _literal(mark) if token is None else f"<[{token}]>"
+    def _tag(self, tag: str) -> str:
+        """Return a tag as the tokenizer has it: a special token, which no spelling can stand for, or text."""
+        token = self._token(tag)
+        return _literal(tag) if token is None else f"<[{token}]>"
 
-    def _token(self, mark: str) -> int | None:
-        """Return the token that is this mark, if there is one."""
-        ids = self._encode(mark)
+    def _token(self, tag: str) -> int | None:
+        """Return the special token that is this tag, if there is one."""
+        ids = self._encode(tag)
         return ids[0] if len(ids) == 1 and self._tokenizer.is_special_token(ids[0]) else None
 
 
-def _behind(reasoning: bool) -> str:
+def _after(reasoning: bool) -> str:
     return "reasoning /\\s*/ " if reasoning else ""
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a request, in the shape and with the status that OpenAI's clients understand."""
+"""Errors of the API, with the status and in the shape that OpenAI's clients understand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RETRY_AFTER_S = 1
 
 
 class ApiError(AbyssalError):
-    """An answer other than what was asked for: a status, a sentence, and the field and code it is about."""
+    """A fault of a request: a status, a sentence, and the field and code it is about."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         """Describe the fault; `param` is a path such as `messages[0].content`."""
@@ -39,7 +39,7 @@ class ApiError(AbyssalError):
 
 
 def fault_of(error: BaseException) -> ApiError:
-    """Return what to tell the client whose request ended by `error`."""
+    """Return the fault to send to the client whose request ended by `error`."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):

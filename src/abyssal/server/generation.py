@@ -1,4 +1,4 @@
-"""One request while it is answered: its texts, what they use, and how they are freed."""
+"""The generation of one request: its streams, its usage, and how they are freed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abyssal.engine import AsyncEngine, Output, Request, Stream
+from abyssal.engine import AsyncEngine, Output, OutputStream, Request
 from abyssal.errors import AbyssalError
 from abyssal.server.faults import fault_of
-from abyssal.server.metrics import Metrics, Timer
+from abyssal.server.metrics import RequestTimer, ServerMetrics
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Usage:
     rejected_drafts: int = 0
 
     def count(self, output: Output) -> None:
-        """Count what one output says."""
+        """Count one output."""
         if output.token is None:
             return
         self.completion_tokens += 1
@@ -48,19 +48,19 @@ class Usage:
 class Generation:
     """The outputs of one or several prompts, as (number of the text, output)."""
 
-    streams: Sequence[Stream]
+    streams: Sequence[OutputStream]
     texts_each: int
     usage: Usage
-    timer: Timer
+    timer: RequestTimer
 
     @classmethod
-    async def start(cls, driver: AsyncEngine, requests: Sequence[Request], metrics: Metrics) -> Generation:
+    async def start(cls, driver: AsyncEngine, requests: Sequence[Request], metrics: ServerMetrics) -> Generation:
         """Queue the requests, all of them or none.
 
         Raises:
             AbyssalError: the engine refuses one.
         """
-        streams: list[Stream] = []
+        streams: list[OutputStream] = []
         try:
             for request in requests:
                 streams.append(driver.submit(request))
@@ -68,11 +68,11 @@ class Generation:
             for stream in streams:
                 await stream.aclose()
             raise
-        usage, texts_each = Usage(sum(len(request.prompt_ids) for request in requests)), requests[0].num_continuations
+        usage, texts_each = Usage(sum(len(request.prompt_ids) for request in requests)), requests[0].num_sequences
         return cls(streams, texts_each, usage, metrics.timer(usage.prompt_tokens, texts_each * len(streams)))
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        """Yield what comes of the texts as (number, output).
+        """Yield the outputs as (number of the text, output).
 
         The texts of one prompt come mixed as they grow, those of the next prompt behind them; all grow at once.
 
@@ -86,7 +86,7 @@ class Generation:
                     self.timer.observe(output)
                     yield number * self.texts_each + output.index, output
         except AbyssalError as error:
-            self.timer.fails()
+            self.timer.fail()
             raise fault_of(error) from error
 
     async def aclose(self) -> None:

@@ -15,32 +15,32 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 100_000)
 
 
-class Metrics:
-    """The counts of one server."""
+class ServerMetrics:
+    """The metrics of one server."""
 
     def __init__(self, model_name: str, statistics: Callable[[], EngineStatistics]) -> None:
-        """Start at zero; `statistics` gives the engine's own counts whenever somebody looks."""
+        """Start at zero; `statistics` returns the engine's own counts at each scrape."""
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCounts(model_name, statistics))
+        self._registry.register(_EngineCollector(model_name, statistics))
         label = ["model_name"]
 
         def histogram(name: str, help_: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(name, help_, label, buckets=buckets, registry=self._registry)
-            return made.labels(model_name)
+            metric = Histogram(name, help_, label, buckets=buckets, registry=self._registry)
+            return metric.labels(model_name)
 
         self.first_token = histogram("vllm:time_to_first_token_seconds", "From a request to its first token.", SECONDS)
         self.between_tokens = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a text.", SECONDS)
-        self.whole = histogram("vllm:e2e_request_latency_seconds", "From a request to its last token.", SECONDS)
-        self.prompt = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKENS)
-        self.generated = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", TOKENS)
+        self.request_time = histogram("vllm:e2e_request_latency_seconds", "From a request to its last token.", SECONDS)
+        self.prompt_tokens = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self.generated_tokens = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", TOKENS)
         self._model_name = model_name
-        self._ended = Counter(
+        self._finished = Counter(
             "vllm:request_success",
             "Texts that ended, by reason; abort: the client left.",
             [*label, "finished_reason"],
             registry=self._registry,
         )
-        self._answers = Counter(
+        self._responses = Counter(
             "abyssal:http_responses", "Responses by path and status.", ["path", "status"], registry=self._registry
         )
 
@@ -48,57 +48,57 @@ class Metrics:
         """Return everything in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def timer(self, num_prompt_tokens: int, num_texts: int) -> Timer:
-        """Start to time a request."""
-        return Timer(self, num_prompt_tokens, num_texts)
+    def timer(self, num_prompt_tokens: int, num_texts: int) -> RequestTimer:
+        """Return a timer of a request that begins now."""
+        return RequestTimer(self, num_prompt_tokens, num_texts)
 
-    def count_ended(self, reason: str, texts: int = 1) -> None:
+    def count_finished(self, reason: str, texts: int = 1) -> None:
         """Count texts that ended."""
-        self._ended.labels(self._model_name, reason).inc(texts)
+        self._finished.labels(self._model_name, reason).inc(texts)
 
-    def count_answer(self, path: str, status: int) -> None:
+    def count_response(self, path: str, status: int) -> None:
         """Count a response."""
-        self._answers.labels(path, str(status)).inc()
+        self._responses.labels(path, str(status)).inc()
 
 
-class Timer:
+class RequestTimer:
     """Times one request."""
 
-    def __init__(self, metrics: Metrics, num_prompt_tokens: int, num_texts: int) -> None:
+    def __init__(self, metrics: ServerMetrics, num_prompt_tokens: int, num_texts: int) -> None:
         """Start the clock."""
         self._metrics, self._num_prompt_tokens, self._num_open = metrics, num_prompt_tokens, num_texts
         self._began = time.perf_counter()
         self._latest: dict[tuple[int, int], float] = {}  # request and text -> when its latest token came
         self._num_tokens = 0
-        self._left_by = "abort"
+        self._unfinished_reason = "abort"
 
     def observe(self, output: Output) -> None:
         """Note a token."""
-        now, who = time.perf_counter(), (output.request_id, output.index)
+        now, text = time.perf_counter(), (output.request_id, output.index)
         if not self._latest:
             self._metrics.first_token.observe(now - self._began)
-        elif who in self._latest:
-            self._metrics.between_tokens.observe(now - self._latest[who])
-        self._latest[who] = now
+        elif text in self._latest:
+            self._metrics.between_tokens.observe(now - self._latest[text])
+        self._latest[text] = now
         self._num_tokens += output.token is not None
         if output.finish_reason is not None:
             self._num_open -= 1
-            self._metrics.count_ended("length" if output.finish_reason == "length" else "stop")
+            self._metrics.count_finished("length" if output.finish_reason == "length" else "stop")
 
-    def fails(self) -> None:
-        """Note that a fault ended what is open."""
-        self._left_by = "error"
+    def fail(self) -> None:
+        """Note that a fault ended the texts that were not finished."""
+        self._unfinished_reason = "error"
 
     def end(self) -> None:
         """Note that the request is over."""
         if self._num_open:
-            self._metrics.count_ended(self._left_by, self._num_open)
-        self._metrics.whole.observe(time.perf_counter() - self._began)
-        self._metrics.prompt.observe(self._num_prompt_tokens)
-        self._metrics.generated.observe(self._num_tokens)
+            self._metrics.count_finished(self._unfinished_reason, self._num_open)
+        self._metrics.request_time.observe(time.perf_counter() - self._began)
+        self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
+        self._metrics.generated_tokens.observe(self._num_tokens)
 
 
-class _EngineCounts(Collector):
+class _EngineCollector(Collector):
     """The engine's statistics as metrics."""
 
     def __init__(self, model_name: str, statistics: Callable[[], EngineStatistics]) -> None:
@@ -113,7 +113,7 @@ class _EngineCounts(Collector):
                 "Share of the pages that are in use, 0 to 1.",
                 now.num_pages_used / now.num_pages,
             ),
-            "abyssal:pages_kept": ("Pages that later requests may share.", now.num_pages_kept),
+            "abyssal:pages_kept": ("Pages that later requests may share.", now.num_pages_cached),
             "abyssal:makes_drafts": ("Whether drafts pay at this load.", int(now.makes_drafts)),
         }
         for name, (help_, value) in gauges.items():

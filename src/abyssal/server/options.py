@@ -1,4 +1,4 @@
-"""What a server allows its clients."""
+"""Options of a server: what its clients may ask for."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        least: dict[str, float] = {"max_waiting": 0, "max_texts": 1, "max_body_bytes": 1, "max_prompt_tokens": 1}
-        least |= {"body_timeout_s": 0, "drain_timeout_s": 0}
-        for field, bound in least.items():
+        minimum: dict[str, float] = {"max_waiting": 0, "max_texts": 1, "max_body_bytes": 1, "max_prompt_tokens": 1}
+        minimum |= {"body_timeout_s": 0, "drain_timeout_s": 0}
+        for field, bound in minimum.items():
             value = getattr(self, field)
             if value is not None and not value >= bound:
                 raise UsageError(f"{field}={value}: must be at least {bound}")

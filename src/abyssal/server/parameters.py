@@ -1,4 +1,4 @@
-"""From the fields of a request to the engine's sampling parameters."""
+"""Turns the fields of a request into the engine's sampling parameters."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 from abyssal.engine import SamplingParameters
 from abyssal.server.faults import ApiError
-from abyssal.server.fields import ChatFields, CompletionFields, GenerationFields
+from abyssal.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 
-#: Fields whose names and meanings are the engine's.
-SAME = (
+#: Fields with the names and meanings of the engine's.
+SHARED_FIELDS = (
     *("temperature", "top_p", "top_k", "min_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
 SEEDS = 2**63
 
 
-def sampling_parameters(body: GenerationFields, defaults: SamplingParameters, num_free: int) -> SamplingParameters:
+def sampling_parameters(body: GenerationRequest, defaults: SamplingParameters, num_free: int) -> SamplingParameters:
     """Return what a request asks for, with the model's own values where it asks for nothing.
 
     Args:
@@ -29,7 +29,7 @@ def sampling_parameters(body: GenerationFields, defaults: SamplingParameters, nu
         ApiError: more tokens than fit, or a field that cannot be.
         UsageError: a field that cannot be.
     """
-    fields: dict[str, Any] = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    fields: dict[str, Any] = {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
     fields["max_new_tokens"] = _limit(body, num_free)
     if body.seed is not None:
         fields["seed"] = body.seed % SEEDS
@@ -40,21 +40,21 @@ def sampling_parameters(body: GenerationFields, defaults: SamplingParameters, nu
     return replace(defaults, stop=tuple(stop), logit_bias=bias, top_logprobs=_num_logprobs(body), **fields)
 
 
-def _limit(body: GenerationFields, num_free: int) -> int:
+def _limit(body: GenerationRequest, num_free: int) -> int:
     """Return the most tokens that a text may have."""
-    name, asked = "max_tokens", body.max_tokens
-    if isinstance(body, ChatFields) and body.max_completion_tokens is not None:
-        name, asked = "max_completion_tokens", body.max_completion_tokens
-    if asked is None:
-        return min(16, num_free) if isinstance(body, CompletionFields) else num_free
-    if asked > num_free:
+    name, requested = "max_tokens", body.max_tokens
+    if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
+        name, requested = "max_completion_tokens", body.max_completion_tokens
+    if requested is None:
+        return min(16, num_free) if isinstance(body, CompletionRequest) else num_free
+    if requested > num_free:
         raise ApiError(
             400,
-            f"{name}={asked}: only {num_free} tokens fit behind this prompt; ask for fewer or shorten the prompt",
+            f"{name}={requested}: only {num_free} tokens fit behind this prompt; ask for fewer or shorten the prompt",
             param=name,
             code="context_length_exceeded",
         )
-    return asked
+    return requested
 
 
 def _token(key: str) -> int:
@@ -64,9 +64,9 @@ def _token(key: str) -> int:
     return int(key)
 
 
-def _num_logprobs(body: GenerationFields) -> int:
+def _num_logprobs(body: GenerationRequest) -> int:
     """Return how many alternatives of each token a request wants to see."""
-    if isinstance(body, CompletionFields):
+    if isinstance(body, CompletionRequest):
         return body.logprobs or 0
-    assert isinstance(body, ChatFields)
+    assert isinstance(body, ChatCompletionRequest)
     return body.top_logprobs or 0

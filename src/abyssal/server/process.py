@@ -1,4 +1,4 @@
-"""A server as a process of its own: listening, logging, and coming to an end in good order."""
+"""The server process: listening, logging, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastapi import FastAPI
 from abyssal.engine import AsyncEngine
 from abyssal.errors import UsageError
 
-#: Once the engine has nothing left to say, slow readers have this long to read it.
-LAST_WORDS_S = 5
+#: Once the engine is drained, slow readers have this long to read the rest.
+FLUSH_TIMEOUT_S = 5
 
 
 class DrainingServer(uvicorn.Server):
-    """Lets requests under way end before it stops; meanwhile new ones are answered with 503."""
+    """Lets running requests end before it stops; new ones get status 503 meanwhile."""
 
     def __init__(self, config: uvicorn.Config, driver: AsyncEngine, timeout_s: float) -> None:
         """Serve until a signal; then give requests `timeout_s` to end."""
@@ -54,7 +54,7 @@ def run_server(app: FastAPI, listener: socket.socket, *, drain_timeout_s: float)
         access_log=False,
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=LAST_WORDS_S,
+        timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
     )
     server = DrainingServer(config, app.state.driver, drain_timeout_s)
     with _ending_by_sigterm():

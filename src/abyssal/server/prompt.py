@@ -1,4 +1,4 @@
-"""From the messages of a chat request to the prompt's text."""
+"""Renders the messages of a chat request to the prompt's text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from abyssal.server.faults import ApiError
-from abyssal.server.fields import Message, TextPart, Tool
 from abyssal.server.output_parser import CALL, CALLS, END_CALL, END_CALLS, END_FENCE, FENCE, FUNCTION, SEPARATOR
+from abyssal.server.protocol import ChatMessage, TextPart, Tool
 from abyssal.text.chat_template import ChatTemplate
 
-#: Variables that a request may not give to the template: they come from fields of their own.
+#: Variables that a request may not set in the template: they have fields of their own.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "name"})
 
 
 def chat_prompt(
-    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], variables: dict[str, Any]
+    template: ChatTemplate, messages: Sequence[ChatMessage], tools: Sequence[Tool], variables: dict[str, Any]
 ) -> str:
     """Return the text that the model continues with its answer.
 
-    Where the template says nothing of `tools` (that of the released V3 does not), they are told in a system message.
+    Where the template says nothing of `tools` (that of the released V3 does not), a system message describes them.
 
     Raises:
         ApiError: a variable that is not the request's to set.
@@ -35,14 +35,14 @@ def chat_prompt(
     text = template.render(conversation, tools=definitions, add_generation_prompt=True, **variables)
     if text != template.render(conversation, tools=[], add_generation_prompt=True, **variables):
         return text
-    told = {"role": "system", "content": _description(definitions)}
+    tool_message = {"role": "system", "content": _description(definitions)}
     first = next((n for n, message in enumerate(conversation) if message["role"] != "system"), len(conversation))
-    conversation.insert(first, told)
+    conversation.insert(first, tool_message)
     return template.render(conversation, add_generation_prompt=True, **variables)
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    """Return a message as templates expect it: text in one piece, no field without a value but the content."""
+def _plain(message: ChatMessage) -> dict[str, Any]:
+    """Return a message as templates expect it: text joined, no field without a value but the content."""
     fields = message.model_dump(exclude_none=True, include={"role", "name", "tool_call_id", "reasoning_content"})
     if message.role == "developer":
         fields["role"] = "system"

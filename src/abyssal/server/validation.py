@@ -1,4 +1,4 @@
-"""From pydantic's findings to one sentence about one field."""
+"""Turns pydantic's validation errors into one sentence about one field."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from abyssal.errors import nearest
 from abyssal.server.faults import ApiError
-from abyssal.server.fields import ChatFields, CompletionFields
+from abyssal.server.protocol import ChatCompletionRequest, CompletionRequest
 
 #: Where no other value is possible, pydantic can only say that the value should be none.
 SENTENCES = {
@@ -18,29 +18,29 @@ SENTENCES = {
 }
 
 
-def fault_of_fields(findings: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Return the fault that tells of the first finding; of a field of several types, what the type that fits lacks."""
-    first = _path(findings[0]["loc"])
-    fitting = (one for one in findings if _path(one["loc"]).startswith(first) and not one["type"].endswith("_type"))
-    finding = next(fitting, findings[0])
-    kind = finding["type"]
-    path = "" if kind == "json_invalid" else _path(finding["loc"])  # which would be a place in the text
+def fault_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Return the fault for the first error; for a field of several types, what is wrong with the type that matches."""
+    first = _path(errors[0]["loc"])
+    matching = (e for e in errors if _path(e["loc"]).startswith(first) and not e["type"].endswith("_type"))
+    error = next(matching, errors[0])
+    kind = error["type"]
+    path = "" if kind == "json_invalid" else _path(error["loc"])  # which would be a position in the text
     if kind == "extra_forbidden":
-        known = {*ChatFields.model_fields, *CompletionFields.model_fields}
+        known = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
         sentence = f"unknown field{nearest(path, known)}"
     elif kind == "value_error":  # a rule of ours, which names its field
-        message = str(finding["ctx"]["error"])
+        message = str(error["ctx"]["error"])
         return ApiError(400, message, param=message.partition(":")[0])
     elif kind == "json_invalid":
-        sentence = f"the body is not valid JSON{_reason(finding)}"
+        sentence = f"the body is not valid JSON{_reason(error)}"
     else:
-        sentence = SENTENCES.get(kind) or _lower(finding["msg"])
+        sentence = SENTENCES.get(kind) or _lower(error["msg"])
     return ApiError(400, f"{path}: {sentence}" if path else sentence, param=path or None)
 
 
-def _reason(finding: Mapping[str, Any]) -> str:
+def _reason(error: Mapping[str, Any]) -> str:
     """Return what the JSON parser says of a body, and where it stopped, if it could tell."""
-    reason, place = finding.get("ctx", {}).get("error"), finding["loc"][-1]
+    reason, place = error.get("ctx", {}).get("error"), error["loc"][-1]
     return f" ({_lower(reason)}, at character {place})" if reason and isinstance(place, int) else ""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from abyssal.checkpoint.model_directory import ModelReader, load_into, read_model_directory
+from abyssal.checkpoint.hf import ModelReader, load_into, read_model_directory
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.errors import ConfigError, UsageError
 from abyssal.model import Transformer, initialise

@@ -10,7 +10,7 @@ import tomli_w
 import torch
 from torch.distributed import ProcessGroup
 
-from abyssal.checkpoint.model_directory import write_model_directory
+from abyssal.checkpoint.hf import write_model_directory
 from abyssal.config import RunConfig
 from abyssal.config.parallel import ParallelConfig
 from abyssal.model import Transformer

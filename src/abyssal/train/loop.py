@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from abyssal.checkpoint.state import latest_state, read_progress
-from abyssal.checkpoint.writer import StateWriter
+from abyssal.checkpoint.state import StateWriter, latest_state, read_progress
 from abyssal.config import RunConfig
 from abyssal.config.resume import resumed_changes
 from abyssal.parallel.layout import describe

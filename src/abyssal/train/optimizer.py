@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from abyssal.checkpoint.state import adamw_tensors
 from abyssal.config.run import OptimizerConfig
 from abyssal.model import Transformer
+from abyssal.parallel.matrix_exchange import MatrixExchange
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.whole_matrices import WholeMatrices
 from abyssal.ranks.placements import copies, local
 from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.muon import Muon, cost, muon_tensors
@@ -87,8 +87,9 @@ def build_optimizer(model: Transformer, config: OptimizerConfig, mesh: Mesh | No
     groups = [(matrices, parts) for matrices, parts in ((single, 1), (stacked, 2)) if matrices]
     exchange = None
     if mesh is not None:
-        spread = [(p, parts) for matrices, parts in groups for p in matrices]
-        exchange = WholeMatrices(spread, mesh.stage.get_group(), cost)
+        exchange = MatrixExchange(
+            [(p, parts) for matrices, parts in groups for p in matrices], mesh.stage.get_group(), cost
+        )
     muon = Muon(
         [{"params": matrices, "parts": parts, "lr_scale": config.muon_lr_scale} for matrices, parts in groups],
         momentum=config.muon_momentum,

@@ -10,9 +10,10 @@ from typing import Any
 
 import tomli_w
 
-from abyssal.checkpoint.atomic import os_faults, write_text
 from abyssal.config import RunConfig, load_recipe
 from abyssal.errors import CheckpointError, UsageError
+from abyssal.files.atomic import write_text
+from abyssal.files.faults import os_faults
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from abyssal.config import RunConfig
 from abyssal.errors import TrainingError
 from abyssal.model import Transformer
-from abyssal.parallel.apply import begin_micro_batch
+from abyssal.parallel.apply import begin_micro_batch, begin_step, end_step
 from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.balancing import add_loads, max_violation, update_biases
 from abyssal.train.guard import non_finite
@@ -81,11 +81,13 @@ def train_step(
     seen = _Seen.nothing(len(model.mtp_modules))
     optimizer.zero_grad()
     size = config.train.micro_batch_size
+    begin_step(model, config.parallel)
     for first, micro_batch in zip(range(0, sequences, size), windows.split(size), strict=True):
         begin_micro_batch(model, config.parallel, last=first + size >= sequences)
         part = micro_batch_loss(model, micro_batch, weights, lengths[first : first + size])
         part.total.backward()
         seen.add(part)
+    end_step(model)
     norm = clip_gradients(model, config.optimizer.max_grad_norm, ranks).item()
     seen.sum_over(ranks)
     loss, loads = seen.main.item() / weights.tokens, seen.loads

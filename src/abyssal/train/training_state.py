@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.pieces import leaves
-from abyssal.checkpoint.state import load_state, remove_state, states
+from abyssal.checkpoint.state import leaves, load_state, remove_state, states
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
 from abyssal.errors import TrainingError

@@ -137,7 +137,7 @@ def test_large_tensors_are_taken_in_row_blocks(
 ) -> None:
     source = plain(seed=seed())
     convert_directory(source, tmp_path / "whole", Conversion("fp8"))
-    monkeypatch.setattr("abyssal.checkpoint.file_plan.VALUES", 1)
+    monkeypatch.setattr("abyssal.checkpoint.hf.file_plan.VALUES", 1)
     convert_directory(source, tmp_path / "out", Conversion("fp8"))
     assert oracle.sums(tmp_path / "out") == oracle.sums(tmp_path / "whole")
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abyssal.plan.schedules import Costs, Pair, boxes, build_schedule, simulate, text_rows, trace
+from abyssal.plan.schedules import OverlappedPair, PassCosts, boxes, build_schedule, simulate, text_rows, trace
 
 
 @pytest.fixture
 def timeline():
-    return simulate(build_schedule("dualpipe", 4, 10), Costs(1.0, 1.5, 0.75))
+    return simulate(build_schedule("dualpipe", 4, 10), PassCosts(1.0, 1.5, 0.75))
 
 
 def test_every_action_is_a_box_and_the_two_of_a_pair_share_a_row(timeline):
@@ -19,7 +19,7 @@ def test_every_action_is_a_box_and_the_two_of_a_pair_share_a_row(timeline):
     spans = [(rank, span) for rank, row in enumerate(timeline.ranks) for span in row]
     assert len(found) == sum(len(span.cell.actions) for _, span in spans)
     whole = [box for box in found if box.lane == 0]
-    assert len(whole) == sum(not isinstance(span.cell, Pair) for _, span in spans)
+    assert len(whole) == sum(not isinstance(span.cell, OverlappedPair) for _, span in spans)
     above, below = ([box for box in found if box.lane == lane] for lane in (1, 2))
     assert [(box.row, box.start, box.end) for box in above] == [(box.row, box.start, box.end) for box in below]
     assert {box.kind for box in above} == {"F"}
@@ -28,7 +28,7 @@ def test_every_action_is_a_box_and_the_two_of_a_pair_share_a_row(timeline):
 
 
 def test_text_at_whole_columns_is_the_table_itself():
-    timeline = simulate(build_schedule("zb1p", 3, 3), Costs())
+    timeline = simulate(build_schedule("zb1p", 3, 3), PassCosts())
     rows = ["".join(text for text, _ in row) for row in text_rows(timeline, 23)]
     assert rows == ["F-F-F-····I-W-I-W-I-W-", "··F-F-··I-F-I-W-I-W-W-", "····F-I-F-I-F-I-W-W-W-"]
 
@@ -36,7 +36,7 @@ def test_text_at_whole_columns_is_the_table_itself():
 @settings(deadline=None)
 @given(st.integers(1, 200), st.sampled_from(["1f1b", "zb1p", "dualpipev"]))
 def test_text_fills_the_width_and_names_the_part_of_each_piece(columns, name):
-    timeline = simulate(build_schedule(name, 3, 7), Costs(1.0, 1.25, 0.5))
+    timeline = simulate(build_schedule(name, 3, 7), PassCosts(1.0, 1.25, 0.5))
     for rank, row in enumerate(text_rows(timeline, columns)):
         width = sum(len(text) for text, _ in row)
         assert width <= columns

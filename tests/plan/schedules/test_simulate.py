@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from abyssal.plan.schedules import (
     SCHEDULES,
     Action,
-    Costs,
-    Kind,
-    Pair,
-    Schedule,
+    ActionKind,
+    OverlappedPair,
+    PassCosts,
+    PipelineSchedule,
     ScheduleError,
     build_schedule,
     peak_activations,
     simulate,
 )
-from abyssal.plan.schedules.summary import PassTimes, compare, run_schedule, summarise
+from abyssal.plan.schedules.summary import PassTimes, compare_schedules, run_schedule, summarise
 
 
 def enough(name, ranks, extra):
@@ -47,9 +47,9 @@ def fixed_point(schedule, time_of, transfer):
                 for action in cell.actions:
                     stage, micro_batch, way = action.stage, action.micro_batch, schedule.placement[action.direction]
                     before = []
-                    if action.kind is Kind.FORWARD and stage:
+                    if action.kind is ActionKind.FORWARD and stage:
                         before.append(("F", stage - 1))
-                    if action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and stage + 1 < len(way):
+                    if action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT) and stage + 1 < len(way):
                         before.append(("B", stage + 1))
                     for kind, other in before:
                         arrival = ends.get((kind, other, micro_batch), 0.0)
@@ -57,7 +57,7 @@ def fixed_point(schedule, time_of, transfer):
                         start = max(start, arrival)
                 free = start + time_of(cell)
                 for action in cell.actions:
-                    kind = {Kind.FORWARD: "F", Kind.BACKWARD_WEIGHT: "W"}.get(action.kind, "B")
+                    kind = {ActionKind.FORWARD: "F", ActionKind.BACKWARD_WEIGHT: "W"}.get(action.kind, "B")
                     key = (kind, action.stage, action.micro_batch)
                     moved |= ends.get(key) != free
                     ends[key] = free
@@ -80,7 +80,7 @@ def test_simulation_equals_the_longest_path_at_random_times(schedule, rng: rando
         for span in spans:
             assert span.end - span.start == times[span.cell]
             for action in span.cell.actions:
-                kind = {Kind.FORWARD: "F", Kind.BACKWARD_WEIGHT: "W"}.get(action.kind, "B")
+                kind = {ActionKind.FORWARD: "F", ActionKind.BACKWARD_WEIGHT: "W"}.get(action.kind, "B")
                 assert span.end == ends[kind, action.stage, action.micro_batch]
     assert timeline.makespan == max(ends.values())
 
@@ -94,7 +94,7 @@ def test_parts_of_a_rank_s_time_add_up_to_the_makespan(schedule, rng: random.Ran
     for rank, cells in enumerate(schedule.ranks):
         parts = timeline.parts(rank)
         assert math.isclose(sum(parts.values()), timeline.makespan)
-        assert math.isclose(parts["F&B"], sum(times[cell] for cell in cells if isinstance(cell, Pair)))
+        assert math.isclose(parts["F&B"], sum(times[cell] for cell in cells if isinstance(cell, OverlappedPair)))
         idle.append(timeline.makespan - sum(times[cell] for cell in cells))
     assert math.isclose(timeline.bubble, max(idle), abs_tol=1e-9)
 
@@ -105,7 +105,7 @@ def test_parts_of_a_rank_s_time_add_up_to_the_makespan(schedule, rng: random.Ran
 @settings(deadline=None)
 @given(any_schedule, st.integers(1, 7))
 def test_bubbles_are_those_of_table_2_where_forward_and_both_halves_take_the_same(schedule, unit):
-    timeline = simulate(schedule, Costs(unit, unit, unit))
+    timeline = simulate(schedule, PassCosts(unit, unit, unit))
     closed = SCHEDULES[schedule.name].bubble(schedule.num_ranks, unit, 2 * unit, unit, 3 * unit)
     assert [timeline.idle(rank) for rank in range(schedule.num_ranks)] == [closed] * schedule.num_ranks
 
@@ -113,7 +113,7 @@ def test_bubbles_are_those_of_table_2_where_forward_and_both_halves_take_the_sam
 @pytest.mark.parametrize(("name", "bubble"), [("1f1b", 15 * 3), ("zb1p", 15 * 1), ("dualpipe", 7 * 2)])
 def test_bubbles_of_table_2_at_16_ranks(name, bubble):
     # (PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W) at F = W = 1, B = 2, F&B = 3
-    assert simulate(build_schedule(name, 16, 120), Costs()).bubble == bubble
+    assert simulate(build_schedule(name, 16, 120), PassCosts()).bubble == bubble
 
 
 unit = st.integers(1, 9)
@@ -123,7 +123,7 @@ def bubbles(schedule, forward, half, weight):
     """The simulated bubble, and that of Table 2."""
     backward = half + weight
     closed = SCHEDULES[schedule.name].bubble(schedule.num_ranks, forward, backward, weight, forward + backward)
-    return simulate(schedule, Costs(forward, half, weight)).bubble, closed
+    return simulate(schedule, PassCosts(forward, half, weight)).bubble, closed
 
 
 @settings(deadline=None)
@@ -153,7 +153,7 @@ def test_the_bubble_of_dualpipe_is_the_closed_form_where_forward_and_input_half_
 
 
 def test_the_bubble_of_dualpipe_elsewhere_is_the_longest_idle_time():
-    timeline = simulate(build_schedule("dualpipe", 8, 20), Costs(1, 1.3, 0.6, lambda forward, backward: 2.5))
+    timeline = simulate(build_schedule("dualpipe", 8, 20), PassCosts(1, 1.3, 0.6, lambda forward, backward: 2.5))
     assert [timeline.idle(rank) for rank in range(4)] == pytest.approx([6.1, 6.5, 6.9, 6.9])
     assert timeline.bubble == pytest.approx(6.9)
 
@@ -190,12 +190,12 @@ def test_peak_activations_are_those_alive_in_the_timeline(schedule, rng: random.
         for span in spans:
             for action in span.cell.actions:
                 chunk = (action.stage, action.micro_batch)
-                if action.kind is Kind.FORWARD:
+                if action.kind is ActionKind.FORWARD:
                     begun[chunk] = span.start
-                elif action.kind is Kind.BACKWARD_WEIGHT:
+                elif action.kind is ActionKind.BACKWARD_WEIGHT:
                     alive.append((begun[chunk], span.end, share * size[action.stage]))
                 else:
-                    part = 1 - share if action.kind is Kind.BACKWARD_INPUT else 1
+                    part = 1 - share if action.kind is ActionKind.BACKWARD_INPUT else 1
                     alive.append((begun[chunk], span.end, part * size[action.stage]))
         most = max(sum(much for start, end, much in alive if start <= span.start < end) for span in spans)
         assert peak_activations(schedule, rank, size=size, kept_for_weight=share) == pytest.approx(most)
@@ -205,27 +205,27 @@ def test_peak_activations_are_those_alive_in_the_timeline(schedule, rng: random.
 
 
 def test_costs_by_stage_and_of_pairs():
-    costs = Costs((1.0, 2.0), (3.0, 4.0), 0.5, lambda forward, backward: 100.0 + 10 * forward + backward)
-    forward, backward = Action(Kind.FORWARD, 1, 0), Action(Kind.BACKWARD, 0, 0)
+    costs = PassCosts((1.0, 2.0), (3.0, 4.0), 0.5, lambda forward, backward: 100.0 + 10 * forward + backward)
+    forward, backward = Action(ActionKind.FORWARD, 1, 0), Action(ActionKind.BACKWARD, 0, 0)
     assert costs(forward) == 2.0
     assert costs(backward) == 3.5
-    assert costs(Action(Kind.BACKWARD_INPUT, 1, 0)) == 4.0
-    assert costs(Action(Kind.BACKWARD_WEIGHT, 1, 0)) == 0.5
-    assert costs(Pair(forward, backward)) == 110.0
-    assert Costs((1.0, 2.0), (3.0, 4.0), 0.5)(Pair(forward, backward)) == 5.5
+    assert costs(Action(ActionKind.BACKWARD_INPUT, 1, 0)) == 4.0
+    assert costs(Action(ActionKind.BACKWARD_WEIGHT, 1, 0)) == 0.5
+    assert costs(OverlappedPair(forward, backward)) == 110.0
+    assert PassCosts((1.0, 2.0), (3.0, 4.0), 0.5)(OverlappedPair(forward, backward)) == 5.5
 
 
 def test_overlap_shortens_a_step_and_messages_lengthen_it():
     schedule = build_schedule("dualpipe", 4, 12)
-    plain = simulate(schedule, Costs()).makespan
-    assert simulate(schedule, Costs(overlapped=lambda forward, backward: 2.5)).makespan < plain
-    assert simulate(schedule, Costs(), lambda source, target: 0.5).makespan > plain
+    plain = simulate(schedule, PassCosts()).makespan
+    assert simulate(schedule, PassCosts(overlapped=lambda forward, backward: 2.5)).makespan < plain
+    assert simulate(schedule, PassCosts(), lambda source, target: 0.5).makespan > plain
 
 
 def test_a_table_that_deadlocks_is_not_simulated():
-    cells = (Action(Kind.BACKWARD, 0, 0), Action(Kind.FORWARD, 0, 0))
+    cells = (Action(ActionKind.BACKWARD, 0, 0), Action(ActionKind.FORWARD, 0, 0))
     with pytest.raises(ScheduleError, match="deadlock: rank 0 at 0B0 waits for the output of stage 0, micro-batch 0"):
-        simulate(Schedule("backwards", 1, ((0,),), (cells,)), Costs())
+        simulate(PipelineSchedule("backwards", 1, ((0,),), (cells,)), PassCosts())
 
 
 # All schedules beside one another
@@ -233,7 +233,7 @@ def test_a_table_that_deadlocks_is_not_simulated():
 
 def test_a_rank_computes_as_long_in_every_schedule():
     times = PassTimes(forward=3, backward_input=5, backward_weight=2)
-    summaries, refused = compare(4, 8, times)
+    summaries, refused = compare_schedules(4, 8, times)
     assert [summary.name for summary in summaries] == list(SCHEDULES)
     assert refused == {}
     for summary in summaries:
@@ -241,7 +241,7 @@ def test_a_rank_computes_as_long_in_every_schedule():
 
 
 def test_schedules_that_do_not_take_the_numbers_are_left_out_with_the_reason():
-    summaries, refused = compare(5, 9, PassTimes())
+    summaries, refused = compare_schedules(5, 9, PassTimes())
     assert [summary.name for summary in summaries] == ["1f1b", "zb1p"]
     assert list(refused) == ["interleaved", "dualpipe", "dualpipev"]
     assert refused["dualpipe"].startswith("ranks=5: DualPipe takes an even number")

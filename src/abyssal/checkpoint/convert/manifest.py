@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from abyssal.checkpoint.atomic import os_faults
-from abyssal.checkpoint.model_directory import read_model_directory
+from abyssal.checkpoint.hf.model_directory import read_model_directory
 from abyssal.config.frozen import Frozen
 from abyssal.errors import ModelDirectoryError
+from abyssal.files.checksums import sha256
+from abyssal.files.faults import os_faults
 
 MANIFEST = "manifest.json"
-CHUNK = 2**22
 
 
 class FileRecord(Frozen):
@@ -29,22 +28,6 @@ class Manifest(Frozen):
 
     format: str
     files: dict[str, FileRecord]
-
-
-def hash_file(path: Path, tick: Callable[[int], None] = lambda count: None) -> FileRecord:
-    """Read a file whole and return its length and checksum; `tick` is told the bytes as they are read.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    digest, length = hashlib.sha256(), 0
-    chunk = bytearray(CHUNK)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(chunk):
-            digest.update(memoryview(chunk)[:count])
-            length += count
-            tick(count)
-    return FileRecord(bytes=length, sha256=digest.hexdigest())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -85,7 +68,7 @@ def verify_directory(folder: Path, tick: Callable[[int, int], None] = lambda don
                 faults.append(f"{name} is missing")
             elif (size := (folder / name).stat().st_size) != record.bytes:
                 faults.append(f"{name} has {size:,} bytes instead of {record.bytes:,}")
-            elif hash_file(folder / name, count).sha256 != record.sha256:
+            elif sha256(folder / name, count) != record.sha256:
                 faults.append(f"{name} has another checksum")
     faults += [f"{name} is not in the manifest" for name in sorted(found - manifest.files.keys())]
     if faults:

@@ -17,9 +17,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.atomic import os_faults
-from abyssal.checkpoint.safetensors_files import DTYPES, Header, value_offsets
+from abyssal.checkpoint.hf.headers import DTYPES, Header, value_offsets
 from abyssal.errors import ModelDirectoryError
+from abyssal.files.faults import os_faults
 
 
 @dataclass(frozen=True, slots=True)

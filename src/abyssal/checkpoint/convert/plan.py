@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abyssal.checkpoint.convert.places import Place
-from abyssal.checkpoint.file_plan import PlannedFile, fill_files, stored_bytes
-from abyssal.checkpoint.layout import BIAS, SCALE_SUFFIX, is_quantised
-from abyssal.checkpoint.safetensors_files import DTYPES, FP8
+from abyssal.checkpoint.hf.file_plan import PlannedFile, fill_files, stored_bytes
+from abyssal.checkpoint.hf.headers import DTYPES, FP8
+from abyssal.checkpoint.hf.names import BIAS, SCALE_SUFFIX, is_quantised
 from abyssal.ops.block_fp8 import scale_shape
 
 Format = Literal["bf16", "fp8", "fp32"]

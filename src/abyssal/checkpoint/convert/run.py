@@ -16,19 +16,23 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from abyssal.checkpoint.atomic import flush, flush_tree, free_space_check, locked, os_faults, write_text
-from abyssal.checkpoint.convert.check import Source, read_source
-from abyssal.checkpoint.convert.manifest import MANIFEST, FileRecord, Manifest, hash_file
+from abyssal.checkpoint.convert.manifest import MANIFEST, FileRecord, Manifest
 from abyssal.checkpoint.convert.places import Place
 from abyssal.checkpoint.convert.plan import Conversion, Shard, digest, plan_shards
 from abyssal.checkpoint.convert.side_files import converted_config, copy_side_files, side_files
+from abyssal.checkpoint.convert.source import Source, read_source
 from abyssal.checkpoint.convert.workers import write_shards
-from abyssal.checkpoint.file_plan import write_index, write_json
-from abyssal.checkpoint.layout import SCALE_SUFFIX
-from abyssal.checkpoint.model_directory import CONFIG
+from abyssal.checkpoint.hf.file_plan import write_index, write_json
+from abyssal.checkpoint.hf.model_directory import CONFIG
+from abyssal.checkpoint.hf.names import SCALE_SUFFIX
 from abyssal.config.frozen import Frozen
 from abyssal.config.quantization import BlockFP8
-from abyssal.errors import CheckpointError, ModelDirectoryError
+from abyssal.errors import ModelDirectoryError
+from abyssal.files.atomic import write_text
+from abyssal.files.checksums import sha256
+from abyssal.files.faults import check_free_space, os_faults
+from abyssal.files.flush import flush, flush_tree
+from abyssal.files.locks import locked
 
 #: What the index, config.json and manifest may need on the disk, beside weights and copies.
 MARGIN_BYTES = 2**25
@@ -105,7 +109,8 @@ def convert_directory(
         finished = _resume(folder, identity)
         kept = sum(finished.files[shard.name].bytes for shard in shards if shard.name in finished.files)
         total = sum(shard.nbytes for shard in shards)
-        _check_space(target, total - kept + sum(path.stat().st_size for path in copied) + MARGIN_BYTES)
+        needed = total - kept + sum(path.stat().st_size for path in copied) + MARGIN_BYTES
+        check_free_space(target, needed, ModelDirectoryError)
         with closing(_write(folder, shards, finished, workers, watch)) as written:
             for shard, record in written:
                 finished = Finished(identity=identity, files=finished.files | {shard.name: record})
@@ -137,13 +142,6 @@ def _check_target(source: Path, target: Path) -> None:
         raise ModelDirectoryError(
             f"{target}: exists and is not an empty folder{finished}; remove it or choose another one"
         )
-
-
-def _check_space(target: Path, needed_bytes: int) -> None:
-    try:
-        free_space_check(target, needed_bytes)
-    except CheckpointError as error:
-        raise ModelDirectoryError(str(error)) from None
 
 
 def _given_scales(model: Source, reference: Source | None) -> dict[str, Place]:
@@ -199,7 +197,7 @@ def _workspace(target: Path) -> Iterator[Path]:
     with os_faults(ModelDirectoryError, target, "write the model directory"):
         (folder / "model").mkdir(parents=True, exist_ok=True)
         try:
-            with locked(folder, needed=False):
+            with locked(folder):
                 try:
                     yield folder
                 except BaseException as error:
@@ -260,6 +258,9 @@ def _write(
 
 def _write_manifest(folder: Path, conversion: Conversion, shards: list[Shard], finished: Finished) -> None:
     """Write the lengths and checksums of every file, weights from when they were written."""
-    names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
-    records = {name: finished.files.get(name) or hash_file(folder / name) for name in names}
+    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
+    records = {
+        file.name: finished.files.get(file.name) or FileRecord(bytes=file.stat().st_size, sha256=sha256(file))
+        for file in files
+    }
     write_json(folder / MANIFEST, Manifest(format=conversion.to, files=records).model_dump())

@@ -9,7 +9,7 @@ from typing import Any
 
 from abyssal.checkpoint.convert.manifest import MANIFEST
 from abyssal.checkpoint.convert.plan import Conversion
-from abyssal.checkpoint.model_directory import CONFIG
+from abyssal.checkpoint.hf.model_directory import CONFIG
 from abyssal.config import ModelConfig
 from abyssal.config.quantization import BlockFP8
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from abyssal.checkpoint.convert.manifest import FileRecord
+from abyssal.checkpoint.convert.output_file import write_shard
 from abyssal.checkpoint.convert.plan import Shard
-from abyssal.checkpoint.convert.shard import write_shard
 from abyssal.errors import ModelDirectoryError
 
 #: How often the bytes written are told while no file ends.

@@ -18,7 +18,7 @@ from abyssal.config import ModelConfig
 from abyssal.config.parallel import ParallelConfig
 from abyssal.parallel.dispatch.payload import Fp8Payload, PlainPayload
 from abyssal.parallel.layout import RankLayout
-from abyssal.plan.traffic import expected_places
+from abyssal.plan.communication import expected_destinations
 
 TransferName = Literal["dispatch", "combine", "dispatch_backward", "combine_backward"]
 TRANSFERS: tuple[TransferName, ...] = get_args(TransferName)
@@ -103,7 +103,7 @@ def _all_to_alls(
         return
     nodes = ranks // size
     other_nodes = 1 - 1 / nodes
-    yield _ExpectedAllToAll(expected_places(model, nodes) * other_nodes, top_k * other_nodes, 1.0, listed=True)
+    yield _ExpectedAllToAll(expected_destinations(model, nodes) * other_nodes, top_k * other_nodes, 1.0, listed=True)
     intranode = top_k * (1 - 1 / size)
     yield _ExpectedAllToAll(intranode, intranode, 0.0)
 

@@ -2,27 +2,38 @@
 
 from abyssal.plan.schedules.catalogue import SCHEDULES, NamedSchedule, build_schedule
 from abyssal.plan.schedules.check import check_schedule
-from abyssal.plan.schedules.drawing import Box, boxes, text_rows, trace
-from abyssal.plan.schedules.simulate import Costs, Span, Timeline, peak_activations, simulate
-from abyssal.plan.schedules.table import Action, Cell, Kind, Message, Pair, Result, Schedule, ScheduleError, Step, Value
+from abyssal.plan.schedules.drawing import ActionBox, boxes, text_rows, trace
+from abyssal.plan.schedules.schedule import (
+    Action,
+    ActionKind,
+    Cell,
+    ChunkResult,
+    OverlappedPair,
+    PipelineSchedule,
+    ResultKind,
+    ScheduledCell,
+    ScheduleError,
+    StageMessage,
+)
+from abyssal.plan.schedules.simulate import PassCosts, TimedCell, Timeline, peak_activations, simulate
 
 __all__ = [
     "SCHEDULES",
     "Action",
-    "Box",
+    "ActionBox",
+    "ActionKind",
     "Cell",
-    "Costs",
-    "Kind",
-    "Message",
+    "ChunkResult",
     "NamedSchedule",
-    "Pair",
-    "Result",
-    "Schedule",
+    "OverlappedPair",
+    "PassCosts",
+    "PipelineSchedule",
+    "ResultKind",
     "ScheduleError",
-    "Span",
-    "Step",
+    "ScheduledCell",
+    "StageMessage",
+    "TimedCell",
     "Timeline",
-    "Value",
     "boxes",
     "build_schedule",
     "check_schedule",

@@ -9,7 +9,7 @@ from functools import lru_cache
 from abyssal.errors import UsageError, nearest
 from abyssal.plan.schedules.dualpipe import dualpipe, dualpipe_v
 from abyssal.plan.schedules.one_forward_one_backward import interleaved, one_forward_one_backward
-from abyssal.plan.schedules.table import Schedule
+from abyssal.plan.schedules.schedule import PipelineSchedule
 from abyssal.plan.schedules.zero_bubble import zb1p
 
 #: The bubble of P ranks and the times F, B (the whole backward pass), W (the weights' share of it) and F&B.
@@ -26,7 +26,7 @@ class NamedSchedule:
     """
 
     title: str
-    build: Callable[[int, int], Schedule]
+    build: Callable[[int, int], PipelineSchedule]
     bubble_formula: str
     bubble: Bubble
     activations_formula: str
@@ -80,7 +80,7 @@ SCHEDULES: dict[str, NamedSchedule] = {
 
 
 @lru_cache(maxsize=64)  # a search over layouts asks for the same ones again, and their order is kept with them
-def build_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> Schedule:
+def build_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> PipelineSchedule:
     """Return the schedule of that name; `stages_per_rank` is for `interleaved` alone, where it is 2 unless given.
 
     Raises:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 
-from abyssal.plan.schedules.table import Kind, Pair, Schedule, ScheduleError
+from abyssal.plan.schedules.schedule import ActionKind, OverlappedPair, PipelineSchedule, ScheduleError
+
+PAIRED = [ActionKind.FORWARD, ActionKind.BACKWARD]
 
 
-def check_schedule(schedule: Schedule) -> None:
+def check_schedule(schedule: PipelineSchedule) -> None:
     """Raise ScheduleError unless the table can be executed and does all its work once.
 
     Every chunk has one forward pass and either one whole backward pass or one of each half, on the rank that holds its
     stage, in the direction of its micro-batch; and an order exists in which every action has what it needs.
     """
-    found: Counter[tuple[int, int, Kind]] = Counter()
+    counts: Counter[tuple[int, int, ActionKind]] = Counter()
     for rank, cells in enumerate(schedule.ranks):
         for cell in cells:
-            if isinstance(cell, Pair) and (cell.forward.kind, cell.backward.kind) != (Kind.FORWARD, Kind.BACKWARD):
+            if isinstance(cell, OverlappedPair) and [action.kind for action in cell.actions] != PAIRED:
                 raise ScheduleError(f"{cell} on rank {rank}: a pair is a forward and a whole backward pass")
             for action in cell.actions:
                 if not (0 <= action.stage < schedule.num_stages and 0 <= action.micro_batch < schedule.micro_batches):
@@ -25,12 +27,12 @@ def check_schedule(schedule: Schedule) -> None:
                     raise ScheduleError(f"{action} on rank {rank}: its micro-batch goes the other way")
                 if (holder := schedule.rank_of(action.leaves)) != rank:
                     raise ScheduleError(f"{action} on rank {rank}: rank {holder} holds the stage")
-                found[action.stage, action.micro_batch, action.kind] += 1
+                counts[action.stage, action.micro_batch, action.kind] += 1
     whole, split = (1, 1, 0, 0), (1, 0, 1, 1)
     for stage in range(schedule.num_stages):
         for micro_batch in range(schedule.micro_batches):
-            counts = tuple(found[stage, micro_batch, kind] for kind in Kind)
-            if counts not in (whole, split):
-                passes = ", ".join(f"{count} {kind}" for count, kind in zip(counts, Kind, strict=True))
+            of_chunk = tuple(counts[stage, micro_batch, kind] for kind in ActionKind)
+            if of_chunk not in (whole, split):
+                passes = ", ".join(f"{count} {kind}" for count, kind in zip(of_chunk, ActionKind, strict=True))
                 raise ScheduleError(f"stage {stage}, micro-batch {micro_batch}: {passes}")
-    _ = schedule.order  # which finds deadlocks
+    _ = schedule.order  # raises on a deadlock

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from abyssal.plan.schedules.schedule import OverlappedPair
 from abyssal.plan.schedules.simulate import IDLE, PAIR, Timeline, part_of
-from abyssal.plan.schedules.table import Pair
 
 #: How a terminal shows each part of a rank's time: the first column of a cell, and the rest of it.
 LETTERS = {PAIR: "&", IDLE: "·"}
@@ -15,7 +15,7 @@ REST = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class ActionBox:
     """One action in a picture: its rank's row, its times, what it is, and the number written into it.
 
     `lane` is 0 for the whole height of the row; the two actions of a pair share it, 1 above and 2 below.
@@ -31,17 +31,17 @@ class Box:
     direction: int
 
 
-def boxes(timeline: Timeline) -> list[Box]:
+def boxes(timeline: Timeline) -> list[ActionBox]:
     """Return a timeline's actions as boxes, rank by rank in order."""
     return [
-        Box(
+        ActionBox(
             row=rank,
             start=span.start,
             end=span.end,
             kind=action.kind.value,
             label=str(action.micro_batch),
             hint=f"{span.cell} on rank {rank}: {span.start:.6g} to {span.end:.6g}",
-            lane=lane if isinstance(span.cell, Pair) else 0,
+            lane=lane if isinstance(span.cell, OverlappedPair) else 0,
             direction=action.direction,
         )
         for rank, spans in enumerate(timeline.ranks)

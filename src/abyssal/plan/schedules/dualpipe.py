@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import deque
 
 from abyssal.errors import UsageError
+from abyssal.plan.schedules.schedule import Action, ActionKind, Cell, OverlappedPair, PipelineSchedule
 from abyssal.plan.schedules.sizes import check_sizes, refuse_micro_batches
-from abyssal.plan.schedules.table import Action, Cell, Kind, Pair, Schedule
 
 
-def dualpipe(ranks: int, micro_batches: int) -> Schedule:
+def dualpipe(ranks: int, micro_batches: int) -> PipelineSchedule:
     """Return DualPipe: as many stages as ranks, rank r with stages r and ranks - 1 - r.
 
     The first half of the micro-batches enters at rank 0 and travels up, the second enters at the last rank and travels
@@ -38,10 +38,10 @@ def dualpipe(ranks: int, micro_batches: int) -> Schedule:
         late = _Lane(ranks - 1 - depth, 1 - direction, (1 - direction) * half)
         tables.append(tuple(_eight_phases(early, late, ranks, half)))
     up = tuple(range(ranks))
-    return Schedule("dualpipe", micro_batches, (up, up[::-1]), tuple(tables))
+    return PipelineSchedule("dualpipe", micro_batches, (up, up[::-1]), tuple(tables))
 
 
-def dualpipe_v(ranks: int, micro_batches: int) -> Schedule:
+def dualpipe_v(ranks: int, micro_batches: int) -> PipelineSchedule:
     """Return DualPipeV: twice as many stages as ranks, rank r with stages r and 2 ranks - 1 - r; all go one way.
 
     Raises:
@@ -56,7 +56,7 @@ def dualpipe_v(ranks: int, micro_batches: int) -> Schedule:
         for rank in range(ranks)
     ]
     placement = tuple(min(stage, stages - 1 - stage) for stage in range(stages))
-    return Schedule("dualpipev", micro_batches, (placement,), tuple(tables))
+    return PipelineSchedule("dualpipev", micro_batches, (placement,), tuple(tables))
 
 
 class _Lane:
@@ -68,9 +68,9 @@ class _Lane:
 
     def forward(self) -> Action:
         self._forward += 1
-        return Action(Kind.FORWARD, self.stage, self._forward - 1, self.direction)
+        return Action(ActionKind.FORWARD, self.stage, self._forward - 1, self.direction)
 
-    def backward(self, kind: Kind = Kind.BACKWARD) -> Action:
+    def backward(self, kind: ActionKind = ActionKind.BACKWARD) -> Action:
         self._backward += 1
         return Action(kind, self.stage, self._backward - 1, self.direction)
 
@@ -86,12 +86,12 @@ def _eight_phases(early: _Lane, late: _Lane, stages: int, micro_batches: int) ->
     put_off: deque[Action] = deque()  # chunks whose weight gradient is still to come
 
     def backward_input(lane: _Lane) -> None:
-        cells.append(action := lane.backward(Kind.BACKWARD_INPUT))
+        cells.append(action := lane.backward(ActionKind.BACKWARD_INPUT))
         put_off.append(action)
 
     def backward_weight() -> None:
         chunk = put_off.popleft()
-        cells.append(Action(Kind.BACKWARD_WEIGHT, chunk.stage, chunk.micro_batch, chunk.direction))
+        cells.append(Action(ActionKind.BACKWARD_WEIGHT, chunk.stage, chunk.micro_batch, chunk.direction))
 
     for _ in range(2 * to_fold):  # 1: F0
         cells.append(early.forward())
@@ -106,11 +106,11 @@ def _eight_phases(early: _Lane, late: _Lane, stages: int, micro_batches: int) ->
             # the innermost ranks wait for each other here: apart, the forward pass need not wait for the backward one
             cells += [early.forward(), late.backward()]
         else:
-            cells.append(Pair(early.forward(), late.backward()))
-        cells.append(Pair(late.forward(), early.backward()))
+            cells.append(OverlappedPair(early.forward(), late.backward()))
+        cells.append(OverlappedPair(late.forward(), early.backward()))
     for _ in range(to_fold):  # 5: B1 F1&B0
         cells.append(late.backward())
-        cells.append(Pair(late.forward(), early.backward()))
+        cells.append(OverlappedPair(late.forward(), early.backward()))
     for number in range(2 * (depth + 1)):  # 6: B1 B0, the second half of them split
         lane = early if number % 2 else late
         if number <= depth:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abyssal.errors import UsageError
+from abyssal.plan.schedules.schedule import Action, ActionKind, Cell, PipelineSchedule
 from abyssal.plan.schedules.sizes import check_sizes, refuse_micro_batches
-from abyssal.plan.schedules.table import Action, Cell, Kind, Schedule
 
 
-def one_forward_one_backward(ranks: int, micro_batches: int) -> Schedule:
+def one_forward_one_backward(ranks: int, micro_batches: int) -> PipelineSchedule:
     """Return 1F1B: rank r does ranks - 1 - r forward passes, then alternates, so it holds few activations.
 
     Any number of micro-batches will do. Paper: Narayanan et al., PipeDream-Flush (2006.09503).
@@ -16,16 +16,16 @@ def one_forward_one_backward(ranks: int, micro_batches: int) -> Schedule:
     tables = []
     for rank in range(ranks):
         ahead = min(ranks - 1 - rank, micro_batches)
-        cells: list[Cell] = [Action(Kind.FORWARD, rank, micro_batch) for micro_batch in range(ahead)]
+        cells: list[Cell] = [Action(ActionKind.FORWARD, rank, micro_batch) for micro_batch in range(ahead)]
         for micro_batch in range(micro_batches):
             if micro_batch + ahead < micro_batches:
-                cells.append(Action(Kind.FORWARD, rank, micro_batch + ahead))
-            cells.append(Action(Kind.BACKWARD, rank, micro_batch))
+                cells.append(Action(ActionKind.FORWARD, rank, micro_batch + ahead))
+            cells.append(Action(ActionKind.BACKWARD, rank, micro_batch))
         tables.append(tuple(cells))
-    return Schedule("1f1b", micro_batches, (tuple(range(ranks)),), tuple(tables))
+    return PipelineSchedule("1f1b", micro_batches, (tuple(range(ranks)),), tuple(tables))
 
 
-def interleaved(ranks: int, micro_batches: int, stages_per_rank: int = 2) -> Schedule:
+def interleaved(ranks: int, micro_batches: int, stages_per_rank: int = 2) -> PipelineSchedule:
     """Return interleaved 1F1B: rank r holds stages r, r + ranks, r + 2 ranks, ...
 
     Micro-batches go in groups of `ranks` through a rank's first stage, then its second, and so on; backward passes in
@@ -44,21 +44,21 @@ def interleaved(ranks: int, micro_batches: int, stages_per_rank: int = 2) -> Sch
         )
     stages, passes = ranks * stages_per_rank, micro_batches * stages_per_rank
 
-    def nth(kind: Kind, rank: int, number: int) -> Action:
+    def nth(kind: ActionKind, rank: int, number: int) -> Action:
         """Return a rank's forward or backward pass by its number in the order of groups."""
         group, within = divmod(number, stages)
         turn, place = divmod(within, ranks)
-        turn = turn if kind is Kind.FORWARD else stages_per_rank - 1 - turn
+        turn = turn if kind is ActionKind.FORWARD else stages_per_rank - 1 - turn
         return Action(kind, rank + turn * ranks, group * ranks + place)
 
     tables = []
     for rank in range(ranks):
         ahead = min(2 * (ranks - 1 - rank) + (stages_per_rank - 1) * ranks, passes)
-        cells: list[Cell] = [nth(Kind.FORWARD, rank, number) for number in range(ahead)]
+        cells: list[Cell] = [nth(ActionKind.FORWARD, rank, number) for number in range(ahead)]
         for number in range(passes):
             if number + ahead < passes:
-                cells.append(nth(Kind.FORWARD, rank, number + ahead))
-            cells.append(nth(Kind.BACKWARD, rank, number))
+                cells.append(nth(ActionKind.FORWARD, rank, number + ahead))
+            cells.append(nth(ActionKind.BACKWARD, rank, number))
         tables.append(tuple(cells))
     placement = tuple(stage % ranks for stage in range(stages))
-    return Schedule("interleaved", micro_batches, (placement,), tuple(tables))
+    return PipelineSchedule("interleaved", micro_batches, (placement,), tuple(tables))

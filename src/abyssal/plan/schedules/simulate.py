@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from abyssal.plan.schedules.table import Cell, Kind, Pair, Schedule
+from abyssal.plan.schedules.schedule import ActionKind, Cell, OverlappedPair, PipelineSchedule
 
 #: The time of one cell: any function of its actions' kinds, stages, micro-batches.
 TimeOf = Callable[[Cell], float]
@@ -19,11 +19,11 @@ TransferTime = Callable[[int, int], float]
 
 PAIR, IDLE = "F&B", "idle"
 #: The parts of a rank's time, in the order in which they are shown.
-PARTS = (Kind.FORWARD.value, Kind.BACKWARD.value, Kind.BACKWARD_INPUT.value, Kind.BACKWARD_WEIGHT.value, PAIR)
+PARTS = (*(kind.value for kind in ActionKind), PAIR)
 
 
 @dataclass(frozen=True)
-class Costs:
+class PassCosts:
     """The time of each kind of pass: a number for all stages, or one for each stage.
 
     A whole backward pass takes `backward_input + backward_weight`. `overlapped(forward_stage, backward_stage)` is the
@@ -37,24 +37,24 @@ class Costs:
 
     def __call__(self, cell: Cell) -> float:
         """Return the time of a cell."""
-        if isinstance(cell, Pair):
+        if isinstance(cell, OverlappedPair):
             if self.overlapped is not None:
                 return self.overlapped(cell.forward.stage, cell.backward.stage)
             return self(cell.forward) + self(cell.backward)
         match cell.kind:
-            case Kind.FORWARD:
+            case ActionKind.FORWARD:
                 return _at(self.forward, cell.stage)
-            case Kind.BACKWARD_INPUT:
+            case ActionKind.BACKWARD_INPUT:
                 return _at(self.backward_input, cell.stage)
-            case Kind.BACKWARD_WEIGHT:
+            case ActionKind.BACKWARD_WEIGHT:
                 return _at(self.backward_weight, cell.stage)
-            case Kind.BACKWARD:
+            case ActionKind.BACKWARD:
                 return _at(self.backward_input, cell.stage) + _at(self.backward_weight, cell.stage)
 
 
 def part_of(cell: Cell) -> str:
     """Return which part of a rank's time a cell belongs to: F, B, I, W or F&B."""
-    return PAIR if isinstance(cell, Pair) else cell.kind.value
+    return PAIR if isinstance(cell, OverlappedPair) else cell.kind.value
 
 
 def _at(cost: float | Sequence[float], stage: int) -> float:
@@ -62,7 +62,7 @@ def _at(cost: float | Sequence[float], stage: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TimedCell:
     """A cell with the times between which it is executed."""
 
     cell: Cell
@@ -74,8 +74,8 @@ class Span:
 class Timeline:
     """A schedule in time: `ranks[rank]` are its cells with their times, in order."""
 
-    schedule: Schedule
-    ranks: tuple[tuple[Span, ...], ...]
+    schedule: PipelineSchedule
+    ranks: tuple[tuple[TimedCell, ...], ...]
 
     @cached_property
     def makespan(self) -> float:
@@ -103,19 +103,19 @@ class Timeline:
         return parts | {IDLE: self.idle(rank)}
 
 
-def simulate(schedule: Schedule, time_of: TimeOf, transfer: TransferTime | None = None) -> Timeline:
+def simulate(schedule: PipelineSchedule, time_of: TimeOf, transfer: TransferTime | None = None) -> Timeline:
     """Execute a schedule with given times: each cell starts when its rank is free and all that it needs has arrived.
 
     Args:
         schedule: the table.
-        time_of: the time of each cell; `Costs` is one such function.
+        time_of: the time of each cell; `PassCosts` is one such function.
         transfer: the time of a message from rank to rank; none takes any without it.
 
     Raises:
         ScheduleError: the table deadlocks.
     """
     free = [0.0] * schedule.num_ranks
-    spans: list[list[Span]] = [[] for _ in schedule.ranks]
+    spans: list[list[TimedCell]] = [[] for _ in schedule.ranks]
     ends: list[float] = []  # of each step
     for step in schedule.order:
         start = free[step.rank]
@@ -125,12 +125,12 @@ def simulate(schedule: Schedule, time_of: TimeOf, transfer: TransferTime | None 
             start = max(start, ends[number] + travel)
         end = free[step.rank] = start + time_of(step.cell)
         ends.append(end)
-        spans[step.rank].append(Span(step.cell, start, end))
+        spans[step.rank].append(TimedCell(step.cell, start, end))
     return Timeline(schedule, tuple(tuple(row) for row in spans))
 
 
 def peak_activations(
-    schedule: Schedule, rank: int, *, size: Mapping[int, float] | None = None, kept_for_weight: float = 1.0
+    schedule: PipelineSchedule, rank: int, *, size: Mapping[int, float] | None = None, kept_for_weight: float = 1.0
 ) -> float:
     """Return the most activations that a rank holds at once, in chunks, or in the unit of `size`, a value a stage.
 
@@ -140,15 +140,15 @@ def peak_activations(
     held = most = 0.0
     for cell in schedule.ranks[rank]:
         for action in cell.actions:
-            if action.kind is Kind.FORWARD:
+            if action.kind is ActionKind.FORWARD:
                 held += size[action.stage] if size else 1.0
         most = max(most, held)
         for action in cell.actions:
             released = {
-                Kind.FORWARD: 0.0,
-                Kind.BACKWARD: 1.0,
-                Kind.BACKWARD_INPUT: 1.0 - kept_for_weight,
-                Kind.BACKWARD_WEIGHT: kept_for_weight,
+                ActionKind.FORWARD: 0.0,
+                ActionKind.BACKWARD: 1.0,
+                ActionKind.BACKWARD_INPUT: 1.0 - kept_for_weight,
+                ActionKind.BACKWARD_WEIGHT: kept_for_weight,
             }
             held -= released[action.kind] * (size[action.stage] if size else 1.0)
     return most

@@ -7,7 +7,7 @@ from typing import NoReturn
 from abyssal.errors import UsageError
 
 #: Tables of more chunks than these are a slip of the hand: 16 ranks with 10,000 micro-batches have a third of them.
-MOST_CHUNKS = 500_000
+MAX_CHUNKS = 500_000
 
 
 def check_sizes(ranks: int, micro_batches: int, stages_per_rank: int = 1) -> None:
@@ -15,9 +15,9 @@ def check_sizes(ranks: int, micro_batches: int, stages_per_rank: int = 1) -> Non
     for name, value in (("ranks", ranks), ("micro_batches", micro_batches)):
         if value < 1:
             raise UsageError(f"{name}={value}: must be at least 1")
-    if (chunks := ranks * stages_per_rank * micro_batches) > MOST_CHUNKS:
+    if (chunks := ranks * stages_per_rank * micro_batches) > MAX_CHUNKS:
         raise UsageError(
-            f"ranks={ranks}, micro_batches={micro_batches}: {chunks:,} chunks are more than the {MOST_CHUNKS:,} that a "
+            f"ranks={ranks}, micro_batches={micro_batches}: {chunks:,} chunks are more than the {MAX_CHUNKS:,} that a "
             "schedule may have"
         )
 

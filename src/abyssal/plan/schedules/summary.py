@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from abyssal.errors import UsageError
 from abyssal.plan.schedules.catalogue import SCHEDULES, build_schedule
-from abyssal.plan.schedules.simulate import Costs, Timeline, peak_activations, simulate
-from abyssal.plan.schedules.table import Schedule
+from abyssal.plan.schedules.schedule import PipelineSchedule
+from abyssal.plan.schedules.simulate import PassCosts, Timeline, peak_activations, simulate
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PassTimes:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ScheduleSummary:
     """The figures of one schedule. Memory is in parts of 1/P of the model: its weights, its micro-batch's activations.
 
     `bubble` is the idle time of the rank that waits longest; `closed_bubble` and `closed_activations` are what the
@@ -53,10 +53,10 @@ class Summary:
     closed_activations: float
 
 
-def run_schedule(schedule: Schedule, times: PassTimes) -> Timeline:
+def run_schedule(schedule: PipelineSchedule, times: PassTimes) -> Timeline:
     """Simulate a schedule with the times of `PassTimes`."""
     share = schedule.num_ranks / schedule.num_stages
-    costs = Costs(
+    costs = PassCosts(
         times.forward * share,
         times.backward_input * share,
         times.backward_weight * share,
@@ -65,12 +65,12 @@ def run_schedule(schedule: Schedule, times: PassTimes) -> Timeline:
     return simulate(schedule, costs, lambda source, target: times.transfer)
 
 
-def summarise(timeline: Timeline, times: PassTimes) -> Summary:
+def summarise(timeline: Timeline, times: PassTimes) -> ScheduleSummary:
     """Count a timeline that `run_schedule` made with these times."""
     schedule = timeline.schedule
     ranks, stages = schedule.num_ranks, schedule.num_stages
     share, named = ranks / stages, SCHEDULES[schedule.name]
-    return Summary(
+    return ScheduleSummary(
         name=schedule.name,
         stages=stages,
         makespan=timeline.makespan,
@@ -82,7 +82,7 @@ def summarise(timeline: Timeline, times: PassTimes) -> Summary:
     )
 
 
-def compare(ranks: int, micro_batches: int, times: PassTimes) -> tuple[list[Summary], dict[str, str]]:
+def compare_schedules(ranks: int, micro_batches: int, times: PassTimes) -> tuple[list[ScheduleSummary], dict[str, str]]:
     """Summarise every schedule at these numbers; of those that do not take them, return why by name."""
     summaries, refused = [], {}
     for name in SCHEDULES:

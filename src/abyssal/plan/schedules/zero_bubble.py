@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from abyssal.plan.schedules.schedule import Action, ActionKind, Cell, PipelineSchedule
 from abyssal.plan.schedules.sizes import check_sizes
-from abyssal.plan.schedules.table import Action, Cell, Kind, Schedule
 
 
-def zb1p(ranks: int, micro_batches: int) -> Schedule:
+def zb1p(ranks: int, micro_batches: int) -> PipelineSchedule:
     """Return ZB1P: as 1F1B, but rank r puts each weight gradient off until r more input gradients are done.
 
     Input gradients so reach the ranks before sooner, and no rank holds more than `ranks` activations. Any number of
@@ -16,14 +16,14 @@ def zb1p(ranks: int, micro_batches: int) -> Schedule:
     tables = []
     for rank in range(ranks):
         ahead = min(ranks - 1 - rank, micro_batches)
-        cells: list[Cell] = [Action(Kind.FORWARD, rank, micro_batch) for micro_batch in range(ahead)]
+        cells: list[Cell] = [Action(ActionKind.FORWARD, rank, micro_batch) for micro_batch in range(ahead)]
         for micro_batch in range(micro_batches):
             if micro_batch + ahead < micro_batches:
-                cells.append(Action(Kind.FORWARD, rank, micro_batch + ahead))
-            cells.append(Action(Kind.BACKWARD_INPUT, rank, micro_batch))
+                cells.append(Action(ActionKind.FORWARD, rank, micro_batch + ahead))
+            cells.append(Action(ActionKind.BACKWARD_INPUT, rank, micro_batch))
             if micro_batch >= rank:
-                cells.append(Action(Kind.BACKWARD_WEIGHT, rank, micro_batch - rank))
+                cells.append(Action(ActionKind.BACKWARD_WEIGHT, rank, micro_batch - rank))
         left = range(max(0, micro_batches - rank), micro_batches)
-        cells += [Action(Kind.BACKWARD_WEIGHT, rank, micro_batch) for micro_batch in left]
+        cells += [Action(ActionKind.BACKWARD_WEIGHT, rank, micro_batch) for micro_batch in left]
         tables.append(tuple(cells))
-    return Schedule("zb1p", micro_batches, (tuple(range(ranks)),), tuple(tables))
+    return PipelineSchedule("zb1p", micro_batches, (tuple(range(ranks)),), tuple(tables))

@@ -11,9 +11,9 @@ from abyssal.config import RunConfig
 from abyssal.parallel.layout import RankLayout
 from abyssal.plan.calibration import Calibration
 from abyssal.plan.hardware import Cluster, packaged_chips
-from abyssal.plan.layout import Layout, Stage, check_layout
-from abyssal.plan.operations import VALUE, Work
-from abyssal.plan.rank_memory import kept_by_stage
+from abyssal.plan.layout import Layout, StageBlocks, check_layout
+from abyssal.plan.operations import VALUE_BYTES, DeviceWork
+from abyssal.plan.rank_memory import stage_activation_bytes
 from abyssal.plan.schedules import build_schedule, peak_activations
 from abyssal.plan.stage_costs import block_costs, pipeline_costs
 from abyssal.train.dry_run.parts import DENSE, EMBEDDING, HEAD, MOE, MTP
@@ -50,22 +50,22 @@ def cut(config: RunConfig, layout: RankLayout, micro_batches: int) -> list[CutSt
     )
     chip = packaged_chips()[CHIP].model_copy(update={"node_size": layout.node_size})
     check_layout(planned, config.model, Cluster(CHIP, chip, layout.world_size))
-    work = Work(config.model, planned, config.train.sequence_length, config.optimizer.name)
+    work = DeviceWork(config.model, planned, config.train.sequence_length, config.optimizer.name)
     calibration = Calibration()
     stages = pipeline_costs(work, block_costs(work, chip, calibration), calibration).stages
     schedule = build_schedule(SCHEDULE, layout.pp_size, micro_batches)
-    width = getattr(torch, config.train.compute_dtype).itemsize / VALUE
+    width = getattr(torch, config.train.compute_dtype).itemsize / VALUE_BYTES
     parts_of_stages = [parts_of(stage, tied=config.model.tie_word_embeddings) for stage in stages]
     twice = any(copied for _, copied in parts_of_stages)
     cuts = []
     for number, (stage, (parts, copied)) in enumerate(zip(stages, parts_of_stages, strict=True)):
         in_flight = round(peak_activations(schedule, number))
-        kept = in_flight * width * kept_by_stage(work, stage)
+        kept = in_flight * width * stage_activation_bytes(work, stage)
         cuts.append(CutStage(parts, copied, twice and EMBEDDING in parts, in_flight, kept))
     return cuts
 
 
-def parts_of(stage: Stage, *, tied: bool) -> tuple[dict[str, int], bool]:
+def parts_of(stage: StageBlocks, *, tied: bool) -> tuple[dict[str, int], bool]:
     """Return the parts of a stage, and whether it needs a second embedding: for MTP modules, or as the head."""
     copied = not stage.embedding and bool(stage.mtp or (stage.heads and tied))
     counted = {
