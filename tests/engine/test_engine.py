@@ -25,6 +25,7 @@ from abyssal.engine.engine import Engine, EngineOptions
 from abyssal.engine.request import Output, Request, SequenceState
 from abyssal.engine.speculate import MTPDrafter
 from abyssal.model import Transformer
+from abyssal.ops.kernels import choose_kernels
 
 Build = Callable[..., Transformer]
 VOCABULARY = 97
@@ -85,6 +86,7 @@ def world(request: pytest.FixtureRequest, tiny_config: ModelConfig, build: Build
     if request.param != SERVED:
         return World(build(tiny_config.model_copy(update=SHAPES[request.param]), seed=8))
     model = build(tiny_config, seed=8, dtype=torch.float32, cached=False)
+    model.kernels = choose_kernels(torch.device("cpu"), torch.float32, "decode")
     prepare_for_inference(model)
     return World(model)
 

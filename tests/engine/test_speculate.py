@@ -26,6 +26,7 @@ from abyssal.engine import (
 from abyssal.engine.speculate import MTPDrafter
 from abyssal.errors import ModelDirectoryError, UsageError
 from abyssal.model import Context, Transformer, next_tokens
+from abyssal.ops.kernels import choose_kernels
 
 Build = Callable[..., Transformer]
 PROMPT = [5, 17, 3, 80, 41, 9, 66]
@@ -112,6 +113,7 @@ def test_speculative_text_is_the_greedy_one_over_1000_tokens(
     """In fp32, with weights packed as `load_model` packs them, and drafts that are right and wrong by turns."""
     config = tiny_config.model_copy(update={"num_hidden_layers": 2, "max_position_embeddings": 1024})
     model = build(config, dtype=torch.float32)
+    model.kernels = choose_kernels(torch.device("cpu"), torch.float32, "decode")
     prepare_for_inference(model)
     parameters = SamplingParameters(1000, temperature=0)
     wanted = ids_of(generate(model, PROMPT, parameters))

@@ -60,7 +60,7 @@ def experts(normal: Normal, counts: tuple[int, ...], hidden: int, width: int) ->
     rows = sum(counts)
     stacks = normal(len(counts), 2 * width, hidden), normal(len(counts), hidden, width)
     weights = normal(rows).sigmoid()
-    return Inputs((normal(rows, hidden), weights, torch.tensor(counts), *stacks), (0, 1, 3, 4), (1, 3, 4))
+    return Inputs((normal(rows, hidden), weights, torch.tensor(counts), *stacks), (0, 1, 3, 4), (1, 3, 4), (3, 4))
 
 
 def targets_of(logits: Tensor) -> Tensor:
