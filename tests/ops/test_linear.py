@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.ops.linear import CastWeight, WeightGradients, linear
+from abyssal.ops.linear import CastWeight, WeightGradients, cast_once, linear
 
 ROWS, INPUTS, OUTPUTS = 7, 5, 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -120,8 +120,21 @@ def test_a_weight_that_is_cast_once_gives_what_one_gives_that_is_cast_on_use(def
     assert torch.equal(other.grad, weight.grad)  # type: ignore[arg-type]
 
 
-def test_a_weight_of_the_dtype_is_not_copied() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_a_cast_weight_add_up_in_the_weights_dtype(dtype: torch.dtype) -> None:
+    """Two uses in one backward pass, and two passes: sums that bf16 would round away are kept."""
+    weight = leaf(1, OUTPUTS, INPUTS, dtype=torch.float32)
+    values = cast_once(weight, dtype)
+    for big, small in ((256.0, 1.0), (1.0, 1.0)):
+        (big * values.sum() + small * values.sum()).backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((OUTPUTS, INPUTS), 259.0))
+    assert values is weight or values.grad is None
+
+
+def test_a_weight_of_the_dtype_is_not_copied_and_one_without_gradient_takes_none() -> None:
     weight = leaf(1, OUTPUTS, INPUTS)
-    cast = CastWeight(weight, torch.float64)
-    assert cast.values.data_ptr() == weight.data_ptr()
-    assert cast.tensor is weight
+    assert cast_once(weight, torch.float64) is weight
+    assert CastWeight(weight, torch.float64).weight is weight
+    frozen = draw(1, OUTPUTS, INPUTS)
+    assert not cast_once(frozen, torch.bfloat16).requires_grad

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from abyssal.errors import RankError, UsageError
-from abyssal.ranks.join import join, meet
+from abyssal.ranks.join import join, rendezvous
 from abyssal.ranks.launch import Launch, read_launch
 from ranks import run_ranks
 
@@ -64,7 +64,7 @@ def meeting(store: dist.Store, world_size: int) -> list[str]:
     """Let all ranks meet, in a random order of coming."""
     ranks = random.sample(range(world_size), world_size)
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(lambda rank: meet(store, rank, world_size, 60.0), ranks))
+        return list(pool.map(lambda rank: rendezvous(store, rank, world_size, 60.0), ranks))
 
 
 def test_each_attempt_meets_under_a_name_of_its_own() -> None:
@@ -93,9 +93,9 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("secrets.token_hex", lambda size: "drawn")
     store.set("drawn/1", "host 1 1")
     with pytest.raises(RankError, match=r"^2 of 4 ranks did not come within 0 s: 2, 3$"):
-        meet(store, 0, 4, 0.01)
+        rendezvous(store, 0, 4, 0.01)
     with pytest.raises(RankError, match=r"^rank 2: was not confirmed by rank 0 within 0 s$"):
-        meet(store, 2, 4, 0.01)
+        rendezvous(store, 2, 4, 0.01)
 
 
 def _sum_and_group() -> tuple[float, int, int]:

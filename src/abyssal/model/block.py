@@ -11,15 +11,14 @@ Legend: T packed tokens, D hidden, K experts a token, M rows of the experts that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from abyssal.config import ModelConfig
 from abyssal.model.attention import MultiHeadLatentAttention, NaiveCore
 from abyssal.model.context import Context
-from abyssal.model.dispatcher import InFlight
-from abyssal.model.feed_forward import DenseFFN, MixtureOfExperts, Routing
+from abyssal.model.feed_forward import DenseFFN, MixtureOfExperts
 from abyssal.model.layers import RMSNorm
 from abyssal.ops.kernels import Kernels
 
@@ -29,7 +28,7 @@ class Attended(NamedTuple):
 
     residual: Tensor  # [T, D]
     hidden: Tensor  # [T, D] normed, what the feed-forward network reads
-    routing: Routing | None  # none in a dense layer, here and below
+    routing: Any  # `Routing`; in a dense layer this and all that comes of it is None
 
 
 class Dispatched(NamedTuple):
@@ -37,7 +36,7 @@ class Dispatched(NamedTuple):
 
     residual: Tensor  # [T, D]
     hidden: Tensor  # [T, D]
-    rows: InFlight | None
+    rows: Any  # `InFlight`
 
 
 class Computed(NamedTuple):
@@ -45,7 +44,7 @@ class Computed(NamedTuple):
 
     residual: Tensor  # [T, D]
     output: Tensor  # [T, D] of the dense network or the shared experts
-    rows: Tensor | None  # [M, D] of the routed experts
+    rows: Any  # [M, D] of the routed experts
     origin: Any  # how the rows find back to their tokens
 
 
@@ -54,7 +53,7 @@ class Combined(NamedTuple):
 
     residual: Tensor  # [T, D]
     output: Tensor  # [T, D]
-    rows: InFlight | None
+    rows: Any  # `InFlight`
 
 
 def tensors(state: Any) -> Iterator[Tensor]:
@@ -79,30 +78,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     return state
 
 
-class FeedForward(Protocol):
-    """The feed-forward half of a block, in the block's steps."""
-
-    def route(self, hidden: Tensor, ctx: Context) -> Routing | None:
-        """Choose experts for `hidden` [T, D]."""
-        ...
-
-    def dispatch(self, hidden: Tensor, routing: Any) -> InFlight | None:
-        """Start to send rows to their experts."""
-        ...
-
-    def compute(self, hidden: Tensor, rows: Any) -> tuple[Tensor, Tensor | None, Any]:
-        """Wait for the rows and run all networks: what all tokens passed [T, D], rows and their origin."""
-        ...
-
-    def combine(self, rows: Any, origin: Any) -> InFlight | None:
-        """Start to send the experts' rows back."""
-        ...
-
-    def finish(self, output: Tensor, rows: Any) -> Tensor:
-        """Wait for the rows and add them to `output`: [T, D]."""
-        ...
-
-
 class Block(nn.Module):
     """Attention and feed-forward, each on a normed input and added to the residual."""
 
@@ -112,7 +87,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
         self.self_attn = MultiHeadLatentAttention(config, NaiveCore(config, kernels.attention), kernels.rms_norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels.rms_norm)
-        self.mlp: FeedForward
+        self.mlp: DenseFFN | MixtureOfExperts
         if config.is_moe(layer):
             self.mlp = MixtureOfExperts(config, layer, kernels.experts)
         else:

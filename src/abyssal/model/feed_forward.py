@@ -88,6 +88,10 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias.to(moved.device)
         return self
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the affinities of tokens [T, D] to the experts: [T, E] in at least fp32."""
+        return affinities(hidden, self.weight)  # eq. 15
+
 
 class StackedExperts(nn.Module):
     """All experts of a layer, stacked; expert parallelism splits dim 0 and changes nothing else."""
@@ -127,7 +131,7 @@ class MixtureOfExperts(nn.Module):
     def route(self, hidden: Tensor, ctx: Context) -> Routing:
         """Choose experts for `hidden` [T, D] and weigh them; report the load; inject the balance loss."""
         cfg = self.config
-        scores = affinities(hidden, self.gate.weight)  # [T, E]  eq. 15
+        scores = self.gate(hidden)  # [T, E]  eq. 15
         experts = choose_experts(
             scores,
             self.gate.e_score_correction_bias,

@@ -18,7 +18,9 @@ from abyssal.model.layers import Linear, RMSNorm
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.rope import rotary_tables
 from abyssal.model.stage import Stage
+from abyssal.ops.embedding import embed
 from abyssal.ops.kernels import Kernels
+from abyssal.ops.linear import CastWeight
 
 
 class Embedding(nn.Module):
@@ -29,9 +31,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map ids [T] to [T, D]."""
-        return F.embedding(tokens, self.weight)
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Map ids [T] to [T, D] in `dtype`."""
+        return embed(tokens, self.weight, dtype)
 
 
 class Layers(nn.Module):
@@ -104,12 +106,15 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head's weight [V, D]: its own, or the embedding's where they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        """The output head's weight [V, D], cast if it was prepared so: its own, or the embedding's if they are tied."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        prepared = self.lm_head.prepared
+        return prepared.weight if isinstance(prepared, CastWeight) else self.lm_head.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Map ids [T] to [T, D] in the compute dtype."""
-        return self.model.embed_tokens(tokens).to(self.compute_dtype)  # type: ignore[no-any-return]
+        return self.model.embed_tokens(tokens, self.compute_dtype)  # type: ignore[no-any-return]
 
     def with_rotary(self, ctx: Context) -> Context:
         """Return `ctx` with the rotary tables of its positions, in at least fp32."""

@@ -115,7 +115,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None) -> Tensor:
         result = _pass_over_logits(hidden, weight, targets, token_weights, ctx.needs_input_grad[:2])
         ctx.save_for_backward(result.d_hidden, result.d_weight)
-        ctx.weight_dtype = weight.dtype
         return result.loss
 
     @staticmethod
@@ -123,7 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else (d_hidden * grad).to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
+            None if d_weight is None else d_weight * grad,
             None,
             None,
         )
@@ -141,7 +140,7 @@ class _ChunkedLogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight, targets = ctx.saved_tensors
         result = _pass_over_logits(hidden, weight, targets, -grad, ctx.needs_input_grad[:2])
-        return result.d_hidden, None if result.d_weight is None else result.d_weight.to(weight.dtype), None
+        return result.d_hidden, result.d_weight, None
 
 
 def chunked_linear_cross_entropy(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from abyssal.ops.linear import CastWeight, Product, WeightGradients, linear
+from abyssal.ops.linear import Product, WeightGradients, cast_once, linear
 from abyssal.ops.version import Version, on_cpu
 
 Experts = Callable[..., Tensor]
@@ -216,13 +216,13 @@ class CastExperts:
         dtype: torch.dtype,
         deferred: WeightGradients | None = None,
     ) -> None:
-        """Prepare the stacks for `kernel`; see `abyssal.ops.linear.CastWeight`."""
+        """Prepare the stacks for `kernel`; see `abyssal.ops.linear.cast_once`."""
         self.kernel, self.deferred = kernel, deferred
-        self.gate_up, self.down = CastWeight(gate_up, dtype), CastWeight(down, dtype)
+        self.gate_up, self.down = cast_once(gate_up, dtype), cast_once(down, dtype)
 
     def __call__(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """Map rows [M, D], sorted by expert, to their weighted outputs [M, D]."""
-        return self.kernel(rows, weights, counts, self.gate_up.tensor, self.down.tensor, self.deferred)
+        return self.kernel(rows, weights, counts, self.gate_up, self.down, self.deferred)
 
 
 VERSIONS = (Version(segmented_expert_ffn, why_not=on_cpu), Version(expert_ffn))

@@ -93,37 +93,33 @@ class _InputGradient(torch.autograd.Function):
         return torch.mm(grad, weight), None, None
 
 
-class _InPlaceOf(torch.autograd.Function):
-    """Gives out `values` for `weight`."""
+def cast_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `weight` in `dtype`, for many products; itself where it has the dtype.
 
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
-        return values.view_as(values)
+    The result does not follow the weight, so it is good until the weight changes. Every gradient that reaches it is
+    handed on to the weight: a leaf adds up what one backward pass brings, in the weight's dtype.
+    """
+    if weight.dtype == dtype:
+        return weight
+    values = weight.detach().to(dtype)
+    if weight.requires_grad:
+        values.requires_grad_().grad_dtype = weight.dtype
+        values.register_post_accumulate_grad_hook(partial(_hand_on, weight))
+    return values
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
+
+def _hand_on(weight: Tensor, values: Tensor) -> None:
+    gradient, values.grad = values.grad, None
+    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)  # type: ignore[arg-type]
 
 
 class CastWeight:
-    """A weight in the dtype of the products, cast once; the gradient of each product goes to the weight itself.
-
-    Called with rows it is the product. The cast does not follow the weight: it is good until the weight changes.
-    """
+    """The product with a weight that is cast once; see `cast_once` and `linear`."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, deferred: WeightGradients | None = None) -> None:
-        """Cast `weight` [..., O, I]; without a copy where it has the dtype. See `linear` for `deferred`."""
-        self.weight, self.deferred = weight, deferred
-        self.values = weight.detach().to(dtype)
-
-    @property
-    def tensor(self) -> Tensor:
-        """The values, of which autograd hands the gradient to the weight, in the weight's dtype."""
-        if self.weight.dtype == self.values.dtype:
-            return self.weight
-        return _InPlaceOf.apply(self.weight, self.values)  # type: ignore[no-any-return, no-untyped-call]
+        """Cast `weight` [O, I]; `deferred` takes its gradient's products."""
+        self.weight, self.deferred = cast_once(weight, dtype), deferred
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [M, I] to [M, O]."""
-        return linear(x, self.tensor, self.deferred)
+        return linear(x, self.weight, self.deferred)

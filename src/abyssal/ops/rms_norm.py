@@ -63,7 +63,7 @@ class _DifferentiableRMSNorm(torch.autograd.Function):
         d_normed = grad * weight.to(grad.dtype)
         along = (d_normed * normed).sum(-1, keepdim=True, dtype=wide).div_(width)  # what only lengthens the row
         d_x = torch.addcmul(d_normed.to(wide), normed.to(wide), along, value=-1.0).mul_(factor)
-        return d_x.to(grad.dtype), d_weight.to(weight.dtype), None
+        return d_x.to(grad.dtype), d_weight, None
 
 
 def differentiable_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

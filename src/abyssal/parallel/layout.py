@@ -44,11 +44,11 @@ class RankLayout:
 
     def coordinates(self, rank: int) -> tuple[int, int, int, int]:
         """Return where a rank stands on each of `AXES`."""
-        found = []
+        coordinates = []
         for size in reversed(self.sizes):
             rank, coordinate = divmod(rank, size)
-            found.append(coordinate)
-        pp, dp_replicate, edp, ep = reversed(found)
+            coordinates.append(coordinate)
+        pp, dp_replicate, edp, ep = reversed(coordinates)
         return pp, dp_replicate, edp, ep
 
     def dp_rank(self, rank: int) -> int:

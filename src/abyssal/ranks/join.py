@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # a launch that is wrong is told without waiting for torch
     from abyssal.ranks.ranks import Ranks
 
 #: How long the ranks of a launch may be apart when they come, seconds: imports from a loaded file server take minutes.
-MEET_S = 600.0
+RENDEZVOUS_S = 600.0
 #: How long one collective may take, seconds: the last resort, where nothing else has ended a run that hangs.
 COLLECTIVE_S = 600.0
-#: How long a rank may give no sign of life, seconds.
+#: How long a rank may give no heartbeat, seconds.
 SILENCE_S = 30.0
 _OFFER_S = 1.0  # between two looks at whether another rank 0 has come meanwhile
 
@@ -40,7 +40,7 @@ def join(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> It
     SystemExit; so do all where a rank died or hangs, which is named on stderr (`abyssal.ranks.heartbeat_monitor`).
 
     Args:
-        silence_s: a rank that gives no sign of life for so long ends the run.
+        silence_s: a rank that gives no heartbeat for so long ends the run.
         timeout_s: of one collective.
 
     Raises:
@@ -58,7 +58,7 @@ def join(*, silence_s: float = SILENCE_S, timeout_s: float = COLLECTIVE_S) -> It
         return
     from torch._C._distributed_c10d import PrefixStore
 
-    name = meet(store, launch.rank, launch.world_size)
+    name = rendezvous(store, launch.rank, launch.world_size)
     heartbeats = Heartbeats(launch, PrefixStore(f"{name}/heartbeats", store), name, silence_s)
     try:
         _make_group(PrefixStore(f"{name}/group", store), launch, timeout_s)
@@ -147,7 +147,7 @@ def open_store(launch: Launch) -> Store:
             launch.host,
             launch.port,
             is_master=serves,
-            timeout=timedelta(seconds=MEET_S),
+            timeout=timedelta(seconds=RENDEZVOUS_S),
             wait_for_workers=False,
             multi_tenant=True,
         )
@@ -159,7 +159,7 @@ def open_store(launch: Launch) -> Store:
         ) from None
 
 
-def meet(store: Store, rank: int, world_size: int, timeout_s: float = MEET_S) -> str:
+def rendezvous(store: Store, rank: int, world_size: int, timeout_s: float = RENDEZVOUS_S) -> str:
     """Return a name for this attempt, the same on all ranks, that no earlier attempt had.
 
     A store that outlives the ranks still holds the addresses of those that were killed, so each attempt needs keys of

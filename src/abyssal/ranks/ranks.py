@@ -155,20 +155,20 @@ class Ranks:
         else:
             messages = [message, *self._hear_others()]
             answers: Any = None
-            if faults := [found for found in messages if isinstance(found, _Fault)]:
+            if faults := [answered for answered in messages if isinstance(answered, _Fault)]:
                 answers = _combined(faults)
             else:
                 error, answers = self._attempt(lambda: decide(messages))
             if isinstance(answers, _Fault):
                 answers = [answers] * self.world_size
-            lost = {rank for rank, found in enumerate(messages) if isinstance(found, _Fault) and found.lost}
+            lost = {rank for rank, answered in enumerate(messages) if isinstance(answered, _Fault) and answered.lost}
             self._answer(answers, lost)
             answer = answers[0]
         return self._accept(answer, error)  # type: ignore[no-any-return]
 
     def agree(self, part: Callable[[], T], decide: Callable[[list[T]], R]) -> R:
         """Do the same where every rank gets what `decide` returned."""
-        return self.scatter(part, lambda found: [decide(found)] * self.world_size)
+        return self.scatter(part, lambda results: [decide(results)] * self.world_size)
 
     def together(self, part: Callable[[], T]) -> T:
         """Run `part` on every rank and return what it returned here, once none has failed."""
@@ -245,7 +245,7 @@ class Ranks:
         """Return what `work` raised, and the message about it; the message is its result where it raised nothing."""
         try:
             return None, work()
-        except BaseException as error:  # Ctrl-C too: the others wait for a word
+        except BaseException as error:  # Ctrl-C too: the others wait for a message
             if not isinstance(error, AbyssalError):
                 return error, _Fault(RankError, f"{self.name(self.rank)}: {first_line(error)}")
             plain = next(kind for kind in type(error).__mro__ if "__init__" not in vars(kind))  # made of a sentence

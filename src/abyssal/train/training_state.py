@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.state import leaves, load_state, remove_state, states
+from abyssal.checkpoint.state import load_state, named_tensors, remove_state, states, step_of
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
 from abyssal.errors import TrainingError
@@ -51,7 +51,7 @@ class TrainingState:
             self.progress, self.guard = Progress.from_json(record), Guard.from_json(record.get("guard"))
             return
         fill_weights(self.model, self.config)
-        for _, tensor in leaves(self.tensors["optimizer"]):
+        for _, tensor in named_tensors(self.tensors["optimizer"]):
             tensor.zero_()
         if self.average is not None:
             self.average.reset(self.weights)
@@ -100,7 +100,7 @@ class TrainingState:
                 f"steps were refused, and the run went back {len(trouble.rollbacks)} times already, which "
                 f"guard.max_rollbacks={limits.max_rollbacks} allows no more"
             )
-        before = [path for path in found if _step_of(path) < trouble.refusals[0].step]
+        before = [path for path in found if step_of(path) < trouble.refusals[0].step]
         target = before[-1] if before else found[0] if found else None
         for path in reversed(found):
             if path == target:
@@ -109,7 +109,3 @@ class TrainingState:
         self.restore(target)
         next_sequence = self.next_batch(loader).ranges[0][0]
         self.guard = trouble.rolled_back(self.guard, self.progress.step, next_sequence)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))

@@ -18,13 +18,13 @@ from abyssal.parallel.dispatch.volume import CommunicationVolume
 
 @dataclass(frozen=True)
 class DirectPlanner:
-    """Plans one all-to-all in the expert group."""
+    """Plans one all-to-all in the expert group, whose rank r holds experts r * E/R up to (r + 1) * E/R."""
 
     group: ExpertGroup
     num_experts: int
 
     def plan(self, experts: Tensor, volume: CommunicationVolume) -> DispatchPlan:
-        """Plan for this rank's choices [T, K].
+        """Plan for this rank's choices [T, K]; ranks exchange counts, which `volume` counts.
 
         Received rows of an expert stand in the order of their ranks, those of a rank in the order of its tokens.
         """

@@ -8,8 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from abyssal.model.dispatcher import ExpertRows, InFlight
+from abyssal.parallel.dispatch.direct import DirectPlanner
+from abyssal.parallel.dispatch.node_limited import NodeLimitedPlanner
 from abyssal.parallel.dispatch.payload import Fp8Payload, PlainPayload
-from abyssal.parallel.dispatch.plan import DispatchPlan, DispatchPlanner
+from abyssal.parallel.dispatch.plan import DispatchPlan
 from abyssal.parallel.dispatch.transfer import AsyncHandle, FromExperts, ToExperts, finish, start
 from abyssal.parallel.dispatch.volume import TRANSFERS, CommunicationVolume, TransferName
 
@@ -26,7 +28,7 @@ class ExpertParallelDispatcher:
     `volumes` count what this rank has sent, forward and backward apart.
     """
 
-    def __init__(self, planner: DispatchPlanner, *, fp8: bool = False) -> None:
+    def __init__(self, planner: DirectPlanner | NodeLimitedPlanner, *, fp8: bool = False) -> None:
         """Send as `planner` plans; to experts in FP8, if asked for."""
         self.planner, self._fp8 = planner, fp8
         self.volumes = {name: CommunicationVolume() for name in TRANSFERS}

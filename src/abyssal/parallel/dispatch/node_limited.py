@@ -23,7 +23,7 @@ from abyssal.parallel.dispatch.volume import CommunicationVolume
 
 @dataclass(frozen=True)
 class NodeLimitedPlanner:
-    """Plans two all-to-alls, one across nodes and one within each."""
+    """Plans two all-to-alls, across nodes and within; rank r of `group` holds experts r * E/R up to (r + 1) * E/R."""
 
     group: ExpertGroup  # all R ranks, a node's L beside one another
     internode: ExpertGroup  # the ranks of this rank's index, one a node
@@ -31,7 +31,7 @@ class NodeLimitedPlanner:
     num_experts: int
 
     def plan(self, experts: Tensor, volume: CommunicationVolume) -> DispatchPlan:
-        """Plan for this rank's choices [T, K].
+        """Plan for this rank's choices [T, K]; ranks exchange counts, which `volume` counts.
 
         Received rows of an expert stand in the order of their relays, those of a relay in that of their nodes.
         """

@@ -6,7 +6,6 @@ Legend: S rows, D hidden, C = ceil(D / 128).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,20 +13,8 @@ from torch import Tensor
 from abyssal.ops.row_fp8 import dequantise_rows, quantise_rows
 
 
-class PayloadFormat(Protocol):
-    """Rows to a payload, and back."""
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """Return the payload of rows [S, D], a row each."""
-        ...
-
-    def decode(self, payload: Tensor) -> Tensor:
-        """Return the rows of a payload: [S, D]."""
-        ...
-
-
 class PlainPayload:
-    """Rows as they are."""
+    """Rows as they are. A payload encodes rows [S, D] into what is sent, a row each, and decodes what is received."""
 
     def encode(self, rows: Tensor) -> Tensor:
         """Return them."""
@@ -54,3 +41,6 @@ class Fp8Payload:
         """Return values times scales, rounded to the rows' dtype: [S, D]."""
         fp8, scale = payload[:, : self.width], payload[:, self.width :]
         return dequantise_rows(fp8.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu), self.dtype)
+
+
+Payload = PlainPayload | Fp8Payload

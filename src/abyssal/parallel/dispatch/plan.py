@@ -11,7 +11,7 @@ K experts a token, E experts of all ranks, e experts of this rank, D hidden.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,14 +73,3 @@ class DispatchPlan(NamedTuple):
         rows = int(all_to_alls[-1].row_splits[1].sum())
         order = expert.repeat_interleave(received.flatten(), output_size=rows).argsort(stable=True)  # [N]
         return cls(all_to_alls, order, inverse_order(order), received.sum(0))
-
-
-class DispatchPlanner(Protocol):
-    """Decides which all-to-alls lie between a token and its experts."""
-
-    def plan(self, experts: Tensor, volume: CommunicationVolume) -> DispatchPlan:
-        """Return the plan for this rank's choices [T, K]; counts are exchanged and added to `volume`.
-
-        Rank r of R holds experts r * E/R up to (r + 1) * E/R.
-        """
-        ...

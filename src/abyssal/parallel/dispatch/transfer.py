@@ -11,73 +11,62 @@ Legend: T tokens, D hidden, N rows for this rank's experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abyssal.model.dispatcher import InFlight
 from abyssal.parallel.dispatch.all_to_all import AsyncAllToAll
-from abyssal.parallel.dispatch.payload import PayloadFormat
+from abyssal.parallel.dispatch.payload import Payload
 from abyssal.parallel.dispatch.plan import DispatchPlan
 from abyssal.parallel.dispatch.volume import CommunicationVolume
 
 
-class AsyncTransfer(Protocol):
-    """Sends when started, waits when finished."""
-
-    def start(self, rows: Tensor, *values: Tensor) -> None:
-        """Start to send rows, and values of (token, choice) pairs."""
-        ...
-
-    def finish(self) -> tuple[Tensor, ...]:
-        """Wait, and return the rows and values received."""
-        ...
-
-
+@dataclass
 class ToExperts:
     """Rows to their experts; between `start` and `finish` the first all-to-all is in flight, the one across nodes."""
 
-    def __init__(self, plan: DispatchPlan, payload: PayloadFormat, volume: CommunicationVolume) -> None:
-        """Send as `payload`; add to `volume`."""
-        self._plan, self._payload, self.volume = plan, payload, volume
-        self._in_flight: list[AsyncAllToAll] = []
+    plan: DispatchPlan
+    payload: Payload
+    volume: CommunicationVolume  # is added to
+    in_flight: list[AsyncAllToAll] = field(default_factory=list)
 
     def start(self, rows: Tensor, *values: Tensor) -> None:
-        """Start with rows [T, D] and values of pairs."""
-        self._in_flight = self._plan.all_to_alls[0].send(self.volume, self._payload.encode(rows), *values)
+        """Start with rows [T, D] and values of (token, choice) pairs."""
+        self.in_flight = self.plan.all_to_alls[0].send(self.volume, self.payload.encode(rows), *values)
 
     def finish(self) -> tuple[Tensor, ...]:
-        """Return rows [N, D] and values [N], sorted by local expert."""
-        in_flight, self._in_flight = self._in_flight, []
-        for all_to_all in self._plan.all_to_alls[1:]:
+        """Wait, and return rows [N, D] and values [N], sorted by local expert."""
+        in_flight, self.in_flight = self.in_flight, []
+        for all_to_all in self.plan.all_to_alls[1:]:
             in_flight = all_to_all.send(self.volume, *(one.wait() for one in in_flight))
-        payload, *values = (one.wait().index_select(0, self._plan.order) for one in in_flight)
-        return self._payload.decode(payload), *values
+        payload, *values = (one.wait().index_select(0, self.plan.order) for one in in_flight)
+        return self.payload.decode(payload), *values
 
 
+@dataclass
 class FromExperts:
     """Rows from their experts, in the dtype they have; the all-to-all across nodes is in flight until `finish`."""
 
-    def __init__(self, plan: DispatchPlan, volume: CommunicationVolume) -> None:
-        """Go the way of `plan` back; add to `volume`."""
-        self._plan, self.volume = plan, volume
-        self._in_flight: list[AsyncAllToAll] = []
+    plan: DispatchPlan
+    volume: CommunicationVolume  # is added to
+    in_flight: list[AsyncAllToAll] = field(default_factory=list)
 
     def start(self, rows: Tensor, *values: Tensor) -> None:
         """Start with rows [N, D] and values [N], sorted by local expert."""
-        first, *others = self._plan.all_to_alls
-        tensors = [tensor.index_select(0, self._plan.inverse) for tensor in (rows, *values)]
+        first, *others = self.plan.all_to_alls
+        tensors = [tensor.index_select(0, self.plan.inverse) for tensor in (rows, *values)]
         for all_to_all in reversed(others):
             in_flight = all_to_all.send_back(self.volume, *tensors)
             tensors = all_to_all.sum_items(*(one.wait() for one in in_flight))
-        self._in_flight = first.send_back(self.volume, *tensors)
+        self.in_flight = first.send_back(self.volume, *tensors)
 
     def finish(self) -> tuple[Tensor, ...]:
-        """Return the sum of each token's rows [T, D], and the values in their places."""
-        in_flight, self._in_flight = self._in_flight, []
-        return tuple(self._plan.all_to_alls[0].sum_items(*(one.wait() for one in in_flight)))
+        """Wait, and return the sum of each token's rows [T, D], and the values in their places."""
+        in_flight, self.in_flight = self.in_flight, []
+        return tuple(self.plan.all_to_alls[0].sum_items(*(one.wait() for one in in_flight)))
 
 
 @dataclass(frozen=True)
@@ -85,8 +74,8 @@ class AsyncHandle:
     """A dispatch or combine in flight: its plan, its transfer, and the one that takes the gradients back."""
 
     plan: DispatchPlan
-    forward: AsyncTransfer
-    backward: AsyncTransfer
+    forward: ToExperts | FromExperts
+    backward: ToExperts | FromExperts
 
 
 class _Start(torch.autograd.Function):

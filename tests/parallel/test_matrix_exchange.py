@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from abyssal.config import ModelConfig
 from abyssal.model import Transformer
-from abyssal.parallel.whole_matrices import WholeMatrices
+from abyssal.parallel.matrix_exchange import MatrixExchange
 from ranks import run_ranks
 from ranks.spread import LAYOUTS, SHAPE, spread
 
@@ -62,7 +62,7 @@ def _exchange(dtype: torch.dtype) -> dict[str, tuple[Seen, list[int]]]:
         parameters = matrices_of(spread(Transformer(ModelConfig(**SHAPE)), sizes))
         spreads = [(parameter, matrices_in(name)) for name, parameter in parameters.items()]
         assert dist.group.WORLD is not None
-        exchange = WholeMatrices(spreads, dist.group.WORLD, lambda rows, columns: rows * columns)
+        exchange = MatrixExchange(spreads, dist.group.WORLD, lambda rows, columns: rows * columns)
         seen, sent = Seen(), list[int]()
 
         def work(stacks: Sequence[Tensor], seen: Seen = seen) -> list[Tensor]:
