@@ -17,6 +17,7 @@ from abyssal.engine import Engine, EngineOptions, Output, Request, SamplingParam
 from abyssal.engine.drafter import MTPDrafter
 from abyssal.engine.sequence import SequenceState
 from abyssal.model import Transformer
+from abyssal.ops.kernels import choose_kernels
 from engine.oracle import generate
 
 Build = Callable[..., Transformer]
@@ -78,6 +79,7 @@ def world(request: pytest.FixtureRequest, tiny_config: ModelConfig, build: Build
     if request.param != SERVED:
         return World(build(tiny_config.model_copy(update=SHAPES[request.param]), seed=8))
     model = build(tiny_config, seed=8, dtype=torch.float32, cached=False)
+    model.kernels = choose_kernels(torch.device("cpu"), torch.float32, "decode")
     prepare_for_inference(model)
     return World(model)
 

@@ -14,7 +14,7 @@ from abyssal.engine.prepare import UNPACKED, PackedExperts, PackedLinear, PlainD
 from abyssal.model import AbsorbedCore, Context, RouterStatistics, Transformer
 from abyssal.model.feed_forward import StackedExperts
 from abyssal.model.layers import Linear
-from abyssal.ops.kernels import choose_kernels
+from abyssal.ops.kernels import choose_kernels, passed_over
 from abyssal.ops.packed import why_not_packed
 
 Build = Callable[..., Transformer]
@@ -87,7 +87,8 @@ def test_sequences_over_one_cache_do_not_see_each_other(tiny_config: ModelConfig
 @pytest.mark.skipif(bool(why_not_packed(CPU, torch.float32)), reason="weights are not packed here")
 def test_everything_that_can_be_packed_is(tiny_config: ModelConfig, build: Build) -> None:
     model = build(tiny_config, dtype=torch.float32)
-    assert pack_weights(model) is None
+    model.kernels = choose_kernels(CPU, torch.float32, "decode")
+    pack_weights(model)
     left = [name for name, module in model.named_modules() if isinstance(module, Linear | StackedExperts)]
     assert {name.rpartition(".")[2] for name in left} == set(UNPACKED)
     kinds = {type(module) for module in model.modules()}
@@ -98,13 +99,13 @@ def test_everything_that_can_be_packed_is(tiny_config: ModelConfig, build: Build
     assert "experts" not in names
 
 
-def test_where_nothing_can_be_packed_the_reason_is_given_and_the_rest_is_prepared(
-    tiny_config: ModelConfig, build: Build
-) -> None:
+def test_where_nothing_can_be_packed_the_rest_is_prepared(tiny_config: ModelConfig, build: Build) -> None:
     model = build(tiny_config, cached=False)
     before = set(model.state_dict())
-    assert pack_weights(model) == "the matrix library packs float32 and bfloat16 only"
-    prepare_for_inference(model)
+    assert passed_over(CPU, torch.float64, "decode")["linear"] == {
+        "packed_linear": "the matrix library packs float32 and bfloat16 only"
+    }
+    prepared(model)
     assert set(model.state_dict()) == before
     for layer in model.model.layers:
         assert isinstance(layer.self_attn.core, AbsorbedCore)

@@ -26,6 +26,7 @@ from abyssal.engine.drafter import MTPDrafter
 from abyssal.engine.sequence import SequenceState
 from abyssal.errors import ModelDirectoryError, UsageError
 from abyssal.model import Context, Transformer, next_tokens
+from abyssal.ops.kernels import choose_kernels
 from engine.oracle import generate, generate_text
 
 Build = Callable[..., Transformer]
@@ -114,6 +115,7 @@ def test_speculative_text_is_the_greedy_one_over_1000_tokens(
     """In fp32, with weights packed as `load_model` packs them, and drafts that are right and wrong by turns."""
     config = tiny_config.model_copy(update={"num_hidden_layers": 2, "max_position_embeddings": 1024})
     model = build(config, dtype=torch.float32)
+    model.kernels = choose_kernels(torch.device("cpu"), torch.float32, "decode")
     prepare_for_inference(model)
     parameters = SamplingParameters(1000, temperature=0)
     wanted = ids_of(generate(model, PROMPT, parameters))
