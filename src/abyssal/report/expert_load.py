@@ -17,10 +17,10 @@ class LoadHistory:
     When there are too many buckets, neighbours are joined, so memory and the picture stay small however long the run.
     """
 
-    def __init__(self, most_buckets: int = 240) -> None:
-        """Start empty; `most_buckets` is even."""
+    def __init__(self, max_buckets: int = 240) -> None:
+        """Start empty; `max_buckets` is even."""
         self.layers: tuple[str, ...] = ()
-        self._most, self._steps_a_bucket, self._steps_in_last = most_buckets, 1, 0
+        self._max_buckets, self._steps_per_bucket, self._steps_in_last = max_buckets, 1, 0
         self._places: list[tuple[float, float]] = []  # (steps, tokens) at the end of each bucket
         self._sums: list[NDArray[np.float64]] = []  # [L, E] each
 
@@ -33,15 +33,15 @@ class LoadHistory:
         table = _table(load)
         if table is None or (self._sums and (tuple(load) != self.layers or table.shape != self._sums[0].shape)):
             return False
-        if self._sums and self._steps_in_last < self._steps_a_bucket:
+        if self._sums and self._steps_in_last < self._steps_per_bucket:
             self._sums[-1] += table
             self._places[-1] = (step, tokens)
             self._steps_in_last += 1
             return True
-        if len(self._sums) == self._most:
+        if len(self._sums) == self._max_buckets:
             self._sums = [a + b for a, b in zip(self._sums[::2], self._sums[1::2], strict=True)]
             self._places = self._places[1::2]
-            self._steps_a_bucket *= 2
+            self._steps_per_bucket *= 2
         self.layers = tuple(load)
         self._sums.append(table)
         self._places.append((step, tokens))
@@ -60,7 +60,7 @@ class LoadHistory:
         return relative
 
 
-def picture(
+def load_image(
     history: LoadHistory, axis: str, columns: int = 240, rows: int = 480
 ) -> tuple[NDArray[np.float64], tuple[float, float]]:
     """Return log2 of the relative load as a picture [Y, X], one band of rows a layer, and the ends of its x axis.
@@ -72,9 +72,9 @@ def picture(
     buckets, layers, experts = relative.shape
     with np.errstate(divide="ignore"):
         deviation = np.log2(relative)
-    a_layer = min(experts, max(1, rows // layers))
-    if a_layer < experts:
-        groups = np.array_split(np.arange(experts), a_layer)
+    rows_per_layer = min(experts, max(1, rows // layers))
+    if rows_per_layer < experts:
+        groups = np.array_split(np.arange(experts), rows_per_layer)
         extremes = [np.abs(deviation[..., group]).argmax(axis=-1, keepdims=True) for group in groups]
         chosen = [
             np.take_along_axis(deviation[..., group], extreme, axis=-1)
@@ -85,7 +85,7 @@ def picture(
     begin = max(0.0, ends[0] - (ends[1] - ends[0] if buckets > 1 else ends[0]))
     middles = begin + (ends[-1] - begin) * (np.arange(columns) + 0.5) / columns
     at = np.searchsorted(ends, middles).clip(0, buckets - 1)
-    return deviation[at].reshape(columns, layers * a_layer).T, (begin, float(ends[-1]))
+    return deviation[at].reshape(columns, layers * rows_per_layer).T, (begin, float(ends[-1]))
 
 
 def _table(load: Any) -> NDArray[np.float64] | None:

@@ -44,6 +44,7 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE,
     lay_out_run(config, ranks.world_size, ranks.local_world_size)  # refused before anything is written, as is init_from
     ranks.first(folder.refuse_another)
     open_initial_weights(config)
+    ranks.mark("preparation of the data", may_take_long=True)
     ranks.first(lambda: prepare_inputs(config, folder.data(config), console))
     inputs = open_inputs(config, folder.data(config))
     config, sentences = ranks.first(lambda: resolve(config, _device(), ranks))
@@ -84,6 +85,7 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: R
 def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Console, ranks: Ranks) -> Path:
     device, length = _device(), config.train.sequence_length
     set_threads(min(config.train.threads, cores_of_a_rank(ranks)))
+    ranks.mark("building and reading the state", may_take_long=True)
     state = TrainingState(config, device, ranks)
     if ranks.world_size > 1:
         console.print(describe(state.layout, config.model), highlight=False, markup=False)
@@ -102,6 +104,7 @@ def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Consol
     peak = ranks.first(lambda: peak_flops(config, device)) * ranks.world_size
     with Reporter(console, folder, state.progress, config, peak, speaks=ranks.is_first) as reporter:
         _steps(state, folder, inputs, reporter, evaluate=evaluate, export=export)
+        ranks.mark("last evaluation and model directory", may_take_long=True)
         reporter.score(state.progress, evaluate())
     export(folder.model, progress=state.progress, score=reporter.last_score)
     if state.average is not None:
@@ -131,6 +134,7 @@ def _steps(
             folder.states, keep=due.keep, keep_multiples_of=keep_multiples_of, group=ranks.control
         ) as writer:
             while state.progress.tokens < total and not signals.agree(ranks.most):
+                ranks.mark("next batch")
                 batch, seen = state.next_batch(inputs.loader), state.progress.tokens
                 try:
                     windows = batch.tokens.to(device)
@@ -156,6 +160,7 @@ def _steps(
                 state.accept(len(windows) * ranks.world_size, result)
                 progress, ended = state.progress, state.progress.tokens >= total
                 reporter.step(progress, result)
+                ranks.mark("evaluation, export and training state", may_take_long=True)
                 with reporter.apart():
                     if progress.step % config.evaluation.every_steps == 0 and not ended:
                         reporter.score(progress, evaluate(max_bytes=config.evaluation.max_bytes))

@@ -130,6 +130,6 @@ def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks = ALONE) -> T
     parts = [local(gradient) for gradient in gradients]
     norms = torch._foreach_norm(parts, dtype=torch.float64)
     squares = [norm.square() / copies(gradient) for norm, gradient in zip(norms, gradients, strict=True)]
-    norm = ranks.sum(torch.stack(squares).sum().cpu()).sqrt()
-    torch._foreach_mul_(parts, min(max_norm / (norm.item() + 1e-6), 1.0))
+    norm = ranks.sum(torch.stack(squares).sum()).sqrt()
+    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
