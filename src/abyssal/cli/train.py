@@ -25,6 +25,13 @@ def train(
         bool,
         typer.Option("--resume", help="Go on from the newest checkpoint in that folder, with its recipe."),
     ] = False,
+    step_back: Annotated[
+        bool,
+        typer.Option(
+            "--step-back",
+            help="With --resume: where the newest checkpoint is damaged, set it aside and go on from the one before.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -55,11 +62,13 @@ def train(
     from abyssal.cli.dry_run import print_dry_run, refuse_without_dry_run
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
-    from abyssal.errors import Stopped
+    from abyssal.errors import Stopped, UsageError
     from abyssal.ranks.join import join
     from abyssal.train.run_folder import RunFolder
 
     config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
+    if step_back and not resume:
+        raise UsageError("--step-back: goes with --resume, which it is about")
     if dry_run:
         return print_dry_run(config, world_size, out=out, resume=resume, as_json=as_json)
     refuse_without_dry_run(world_size, as_json)
@@ -69,20 +78,21 @@ def train(
 
         console = Console(quiet=not ranks.is_first)
         try:
-            again = ranks.first(lambda: folder.was_begun_by(ranks.launch.id, config))
-            if not resume and not again:
-                model = loop.start(config, folder.path, console, ranks, launch_id=ranks.launch.id)
-            elif not resume:
+            again = ranks.first(lambda: folder.is_of_launch(ranks.launch.id, config))
+            if again:
                 console.print("started again by its launcher", highlight=False)
-                model = loop.resume(folder.path, console, ranks=ranks)
-            else:
+            if resume:
                 stored = folder.resolved_config()
                 console.print(
                     f"going on with {folder.recipe}, the recipe {stored.name!r} that this run was started with",
                     highlight=False,
                     markup=False,
                 )
-                model = loop.resume(folder.path, console, overrides or [], ranks)
+            if resume or again:
+                changes = overrides or [] if resume else []  # a run that was begun with them has them stored
+                model = loop.resume(folder.path, console, changes, ranks, recipe=config, step_back=step_back or again)
+            else:
+                model = loop.start(config, folder.path, console, ranks)
         except (KeyboardInterrupt, Stopped):
             if ranks.is_first:
                 alone = f"{program()} {shlex.join(['train', recipe, '--out', str(folder.path)])}"

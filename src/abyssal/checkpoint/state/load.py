@@ -246,5 +246,5 @@ def _check_file(path: Path, name: str, sums: Mapping[str, str]) -> None:
 
 def _way_out(path: Path) -> str:
     if any((len(other.name), other.name) < (len(path.name), path.name) for other in states(path.parent)):
-        return f"remove {path.name} to resume from the state before it"
+        return f"resume with --step-back to set {path.name} aside and go on from the state before it"
     return f"remove {path.name}, and the run begins anew, since no earlier state is there"
