@@ -27,7 +27,9 @@ import torch
 from safetensors.torch import save_file
 
 from abyssal.checkpoint.convert import Conversion, convert_directory, verify_directory
-from abyssal.checkpoint.hf.names import BIAS, is_quantised, released_tensors
+from abyssal.checkpoint.hf.fp8_scales import is_quantised
+from abyssal.checkpoint.hf.names import BIAS
+from abyssal.checkpoint.hf.released import released_tensors
 from abyssal.config import ModelConfig, load_recipe
 from abyssal.config.quantization import BlockFP8
 from abyssal.ops.block_fp8 import scale_shape

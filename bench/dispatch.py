@@ -2,11 +2,11 @@
 
     python bench/dispatch.py --ranks 4 --node-size 2
 
-Both paths, rows in bf16 and in FP8, with the same tokens and choices, uniformly random. Each part begins together on
-all ranks and its slowest rank counts; the median over the repeats is shown. The floor of a part that sends is what it
-sends to other ranks over the bandwidth of an all-to-all of equal messages of 4 MB, measured in the same run. Nodes are
-only counted here: all ranks share one machine, so its links within a node and across are the same, and the
-node-limited path, which saves on the slower ones, shows its price in time and its gain in what crosses.
+Direct and node-limited, rows in bf16 and in FP8, with the same tokens and choices, uniformly random. Each part begins
+together on all ranks and its slowest rank counts; the median over the repeats is shown. The floor of a part that sends
+is what it sends to other ranks over the bandwidth of an all-to-all of equal messages of 4 MB, measured in the same run.
+Nodes are only counted here: all ranks share one machine, so its links within a node and across are the same, and
+node-limited dispatch, which saves on the slower ones, shows its price in time and its gain in what crosses.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def draw(shape: Shape, rank: int) -> tuple[dict[str, Tensor], list[Tensor]]:
     return inputs, [(stack / shape.hidden**0.5).bfloat16().requires_grad_() for stack in stacks]
 
 
-def measure(shape: Shape, path: str, dtype: str, repeats: int) -> dict[str, Any]:
+def measure(shape: Shape, dispatch: str, dtype: str, repeats: int) -> dict[str, Any]:
     """Time the parts of the forward pass one by one, and both passes whole; count what crosses."""
-    config = ParallelConfig.model_validate({"ep_size": shape.ranks, "dispatch": path, "dispatch_dtype": dtype})
+    config = ParallelConfig.model_validate({"ep_size": shape.ranks, "dispatch": dispatch, "dispatch_dtype": dtype})
     layout = RankLayout(1, 1, 1, shape.ranks, shape.node_size)
     dispatcher = expert_parallel_dispatcher(config, layout, dist.group.WORLD, shape.experts)
     planner, clock = dispatcher.planner, Clock()
@@ -149,13 +149,13 @@ def rank_main(rank: int, shape: Shape, port: int, repeats: int, results: Any) ->
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=shape.ranks)
     speed = bandwidth(shape.ranks, repeats)
-    ways = {
-        f"{path}, {dtype}": measure(shape, path, "fp8" if dtype == "FP8" else "compute", repeats)
-        for path in ("direct", "node_limited")
+    cases = {
+        f"{dispatch}, {dtype}": measure(shape, dispatch, "fp8" if dtype == "FP8" else "compute", repeats)
+        for dispatch in ("direct", "node_limited")
         for dtype in ("bf16", "FP8")
     }
     if rank == 0:
-        results.put((speed, ways))
+        results.put((speed, cases))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -176,27 +176,29 @@ def main() -> None:
         port = listener.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(rank_main, (shape, port, repeats, results), nprocs=shape.ranks)
-    speed, ways = results.get()
+    speed, cases = results.get()
     print(f"{shape}\nall-to-all on this machine: {speed / 1e6:.0f} MB/s a rank, all at once")
-    for name, way in ways.items():
-        way["floor ms"] = {
-            part: round(1e3 * way["sent by all ranks"][direction]["most bytes of a rank"] / speed, 2)
+    for name, case in cases.items():
+        case["floor ms"] = {
+            part: round(1e3 * case["sent by all ranks"][direction]["most bytes of a rank"] / speed, 2)
             for part, direction in (("rows to experts", "to experts"), ("rows back", "from experts"))
         }
         print(name)
-        for part, took in way["ms"].items():
-            floor = way["floor ms"].get(part)
+        for part, took in case["ms"].items():
+            floor = case["floor ms"].get(part)
             print(f"  {part:22s} {took:8.2f} ms" + (f", floor {floor:.2f}" if floor is not None else ""))
-        for direction, counted in way["sent by all ranks"].items():
+        for direction, counted in case["sent by all ranks"].items():
             print(f"  {direction}: " + ", ".join(f"{value:,} {what}" for what, value in counted.items()))
-    direct, limited = (ways[f"{path}, bf16"]["sent by all ranks"]["to experts"] for path in ("direct", "node_limited"))
+    direct, limited = (
+        cases[f"{dispatch}, bf16"]["sent by all ranks"]["to experts"] for dispatch in ("direct", "node_limited")
+    )
     ratio = limited["rows to nodes"] / direct["rows to nodes"]
     print(f"rows that cross nodes, node-limited over direct: {ratio:.3f}")
     figures = {
         "shape": vars(shape),
         "bytes a second, all-to-all": round(speed),
         "rows across nodes, ratio": round(ratio, 4),
-        **ways,
+        **cases,
     }
     print(f"written to {record('dispatch', ' '.join(['python', 'bench/dispatch.py', *sys.argv[1:]]), figures)}")
 

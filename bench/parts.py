@@ -28,7 +28,7 @@ from abyssal.parallel.dispatch.dispatcher import ExpertParallelDispatcher
 from abyssal.parallel.dispatch.node_limited import NodeLimitedPlanner
 from abyssal.parallel.dispatch.transfer import FromExperts, ToExperts
 from abyssal.ranks.ranks import Ranks
-from abyssal.train import step
+from abyssal.train import executor, step
 from abyssal.train.optimizer import Optimizers
 
 Label = str | Callable[[Any], str]
@@ -124,17 +124,17 @@ class Parts:
 def tell_apart() -> Parts:
     """Patch this process, for good, so that steps of models that are built from now on fill the parts returned."""
     parts = Parts()
-    parts.wrap(step, "micro_batch_loss", "forward pass")
+    parts.wrap(executor, "forward", "forward pass")
     parts.wrap(torch.Tensor, "backward", "backward pass")
     parts.wrap(step, "clip_gradients", "norm and clipping")
-    parts.wrap(step._Seen, "sum_over", "losses and loads")
+    parts.wrap(executor.StepSums, "read", "losses and loads")
     parts.wrap(Optimizers, "step", "AdamW")
     parts.wrap(Ranks, "most", "control: signals")
     for planner in (DirectPlanner, NodeLimitedPlanner):
         parts.wrap(planner, "plan", "plan of the dispatch")
     for transfer in (ToExperts, FromExperts):
-        for half in ("start", "finish"):
-            parts.wrap(transfer, half, lambda self: parts.transfers[id(self.volume)])
+        for method in ("start", "finish"):
+            parts.wrap(transfer, method, lambda self: parts.transfers[id(self.volume)])
     for name in ("dispatch", "combine"):
         parts.wrap(LocalDispatcher, f"start_{name}", TRANSFERS[name])
     hooks = ("_pre_forward", "_post_forward", "_pre_backward", "_root_post_backward_final_callback")

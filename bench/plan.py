@@ -28,7 +28,8 @@ from abyssal.plan.hardware import Chip, Cluster
 from abyssal.plan.layout import Layout
 from abyssal.plan.training_plan import StepPlan, plan_step
 from abyssal.train.build import build_run
-from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
+from abyssal.train.executor import forward
+from abyssal.train.objective import MicroBatch, NextTokenObjective
 from abyssal.train.resolve import set_threads
 from abyssal.train.step import train_step
 from record import record
@@ -101,9 +102,9 @@ def _kept(model: Any, windows: torch.Tensor, run: RunConfig, parameters: list[to
 
     micro_batch = windows[: run.train.micro_batch_size]
     tokens = micro_batch[:, 1:].numel()
-    weights = ObjectiveWeights(tokens=tokens, sequences=len(micro_batch), mtp=0.3, balance=1e-4)
+    objective = NextTokenObjective(tokens=tokens, sequences=len(micro_batch), mtp=0.3, balance=1e-4)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = micro_batch_loss(model, micro_batch, weights, [])
+        loss = forward(model, objective, MicroBatch(micro_batch))
     total = sum(size for size, _ in kept.values())
     del loss
     return total

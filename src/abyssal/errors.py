@@ -35,6 +35,10 @@ class CheckpointError(AbyssalError):
     """A training state is missing, damaged, does not fit the run, or could not be written."""
 
 
+class DamagedStateError(CheckpointError):
+    """A training state is not what was written: a file of it is missing, or another than its checksum says."""
+
+
 class ModelDirectoryError(AbyssalError):
     """A model directory lacks a file, or a file in it is damaged or does not fit its config."""
 

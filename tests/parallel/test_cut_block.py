@@ -23,12 +23,12 @@ from abyssal.model import (
     prepare_weights,
 )
 from abyssal.ops.linear import WeightGradients
-from abyssal.parallel.apply import spread_experts
+from abyssal.parallel.apply import begin_step, end_step, parallelise, spread_experts
 from abyssal.parallel.layout import RankLayout
 from abyssal.parallel.mesh import Mesh
 from abyssal.ranks.placements import local
 from ranks import run_ranks
-from ranks.cut import BORDERS, CUTS, cut_block, interleave
+from ranks.cut import BORDERS, CUTS, CutChain, cut_block, interleave
 from ranks.spread import SHAPE
 
 DISPATCH = ("direct", "node_limited")
@@ -36,6 +36,7 @@ CONFIG = ModelConfig.parse({**SHAPE, "n_routed_experts": 12, "n_group": 4, "topk
 LAYER = 1
 #: Tokens of the sequences of each micro-batch; a rank has one token more of each than the rank before.
 LENGTHS = ((4, 2), (1, 3, 2))
+Gradients = dict[str, Tensor]
 
 
 class MicroBatch(NamedTuple):
@@ -80,25 +81,41 @@ def differentiate(block: Block, batches: Sequence[MicroBatch]) -> list[tuple[Ten
     return results
 
 
-def gradients(block: Block) -> dict[str, Tensor]:
-    taken = {name: local(p.grad).clone() for name, p in block.named_parameters() if p.grad is not None}
+def gradients(block: Block) -> Gradients:
+    """What each rank holds of a gradient, or all of it in one process."""
+    taken = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
     block.zero_grad()
     return taken
 
 
-def in_one_process(rank: int, world_size: int) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A rank's results where all experts live on it: gradients of its experts over the tokens of all ranks, of all
-    other weights over its own."""
+class OneProcess(NamedTuple):
+    """What a block makes where all its experts live in one process."""
+
+    results: list[tuple[Tensor, Tensor]]  # outputs and input gradients of one rank's micro-batches
+    of_rank: Gradients  # over that rank's tokens
+    of_all: Gradients  # over those of all ranks
+
+
+def in_one_process(rank: int, world_size: int) -> OneProcess:
     model = filled()
     block = model.model.layers[LAYER]
     results = differentiate(block, micro_batches(model, rank))
-    own = gradients(block)
-    for other in range(world_size):
-        differentiate(block, micro_batches(model, other))
-    for name, gradient in gradients(block).items():
-        if name.startswith("mlp.experts."):
-            own[name] = gradient.chunk(world_size)[rank]
-    return results, own
+    of_rank = gradients(block)
+    for each in range(world_size):
+        differentiate(block, micro_batches(model, each))
+    return OneProcess(results, of_rank, gradients(block))
+
+
+def assert_results_equal(chains: Sequence[CutChain], d_inputs: Sequence[Tensor | None], expected: OneProcess) -> None:
+    for chain, d_input, (y, d_x) in zip(chains, d_inputs, expected.results, strict=True):
+        torch.testing.assert_close(chain.state, y, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(d_input, d_x, rtol=1e-9, atol=1e-9)
+
+
+def assert_gradients_equal(actual: Gradients, expected: Gradients, where: object) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-9, atol=1e-9, msg=f"{where}, {name}")
 
 
 def spread_blocks(node_size: int) -> Iterator[tuple[str, Transformer, Block]]:
@@ -115,9 +132,9 @@ def spread_blocks(node_size: int) -> Iterator[tuple[str, Transformer, Block]]:
 def run_cuts(node_size: int) -> None:
     """Hold every cut against one process."""
     for dispatch, model, block in spread_blocks(node_size):
-        rank = dist.get_rank()
-        batches = micro_batches(model, rank)
-        expected, oracle = in_one_process(rank, dist.get_world_size())
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        batches, expected = micro_batches(model, rank), in_one_process(rank, ranks)
+        experts = {n: g.chunk(ranks)[rank] for n, g in expected.of_all.items() if n.startswith("mlp.experts.")}
         deferred = WeightGradients()
         for cut, prepared in product(CUTS, (False, True)):
             if prepared:
@@ -126,21 +143,36 @@ def run_cuts(node_size: int) -> None:
                 drop_prepared_weights(model)
             chains = [cut_block(block, cut, x, ctx) for x, _, ctx in batches]
             d_inputs = interleave(*chains, *(d_y for _, d_y, _ in batches), deferred)
-            for chain, d_input, (y, d_x) in zip(chains, d_inputs, expected, strict=True):
-                torch.testing.assert_close(chain.state, y, rtol=1e-9, atol=1e-9)
-                torch.testing.assert_close(d_input, d_x, rtol=1e-9, atol=1e-9)
-            actual = gradients(block)
-            assert actual.keys() == oracle.keys()
-            for name, gradient in oracle.items():
-                torch.testing.assert_close(
-                    actual[name], gradient, rtol=1e-9, atol=1e-9, msg=f"{dispatch}, {cut}, {name}"
-                )
+            assert_results_equal(chains, d_inputs, expected)
+            actual = {name: local(gradient) for name, gradient in gradients(block).items()}
+            assert_gradients_equal(actual, expected.of_rank | experts, (dispatch, cut, prepared))
 
 
 @pytest.mark.parametrize(("ranks", "node_size"), [(2, 1), (3, 3), (4, 2)], ids=str)
 def test_two_micro_batches_interleaved_piece_by_piece_equal_one_process(ranks: int, node_size: int) -> None:
     """Forward of one beside backward of the other, both with transfers in flight, at every combination of borders."""
     run_ranks(ranks, run_cuts, node_size)
+
+
+def run_sharded() -> None:
+    """Hold steps of sharded weights against one process: experts over 2 ranks, each slice of them over 2 more."""
+    dist.init_process_group("gloo")
+    model, config = filled(), ParallelConfig(ep_size=2)
+    parallelise(model, config, Mesh.over(RankLayout(1, 1, 2, 2, 4), torch.device("cpu")))
+    block = model.model.layers[LAYER]
+    batches, expected = micro_batches(model, dist.get_rank()), in_one_process(dist.get_rank(), dist.get_world_size())
+    for cut, deferred in product(((), BORDERS), (None, WeightGradients())):
+        begin_step(model, config, deferred)
+        chains = [cut_block(block, cut, x, ctx) for x, _, ctx in batches]
+        d_inputs = interleave(*chains, *(d_y for _, d_y, _ in batches), deferred)
+        end_step(model)
+        assert_results_equal(chains, d_inputs, expected)
+        actual = {name: gradient.full_tensor() for name, gradient in gradients(block).items()}  # type: ignore[attr-defined]
+        assert_gradients_equal(actual, expected.of_all, (cut, deferred))
+
+
+def test_steps_of_sharded_weights_called_apart_gather_and_reduce_as_the_block_does() -> None:
+    run_ranks(4, run_sharded)
 
 
 def run_recorded() -> dict[str, list[str]]:

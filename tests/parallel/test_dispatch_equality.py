@@ -31,12 +31,12 @@ from ranks.choices import (
 )
 from ranks.cut import CutChain, Gradients
 
-PATHS = ("direct", "node_limited")
+DISPATCH = ("direct", "node_limited")
 
 
-def dispatcher_for(case: Choices, path: str, node_size: int) -> ExpertParallelDispatcher:
+def dispatcher_for(case: Choices, dispatch: str, node_size: int) -> ExpertParallelDispatcher:
     ranks = dist.get_world_size()
-    config = ParallelConfig.model_validate({"ep_size": ranks, "dispatch": path})
+    config = ParallelConfig.model_validate({"ep_size": ranks, "dispatch": dispatch})
     return expert_parallel_dispatcher(config, RankLayout(1, 1, 1, ranks, node_size), dist.group.WORLD, case.num_experts)
 
 
@@ -44,12 +44,12 @@ def run_composed(drawn: list[Choices], node_size: int) -> dict[tuple[str, ...], 
     dist.init_process_group("gloo")
     found = {}
     for case in drawn:
-        for path in PATHS:
+        for dispatch in DISPATCH:
             for kernel in (expert_ffn, segmented_expert_ffn):
-                dispatcher = dispatcher_for(case, path, node_size)
+                dispatcher = dispatcher_for(case, dispatch, node_size)
                 inputs, *stacks = case.of_rank(dist.get_rank())
                 output = composed(dispatcher, inputs, lambda rows: kernel(*rows[:3], *stacks))  # noqa: B023
-                found[case.name, path, kernel.__name__] = differentiated(inputs, output, *stacks)
+                found[case.name, dispatch, kernel.__name__] = differentiated(inputs, output, *stacks)
     return found
 
 
@@ -59,8 +59,8 @@ def test_outputs_and_gradients_equal_those_of_one_process(ranks: int, node_size:
     found = run_ranks(ranks, run_composed, drawn, node_size)
     for case in drawn:
         expected = in_one_process(case)
-        for way in [way for way in found[0] if way[0] == case.name]:
-            assert_equal_to_one_process([part[way] for part in found], expected, f"{case}, {way}")
+        for key in [key for key in found[0] if key[0] == case.name]:
+            assert_equal_to_one_process([part[key] for part in found], expected, f"{case}, {key}")
 
 
 def steps_of(
@@ -80,8 +80,8 @@ def run_cut(pair: tuple[Choices, Choices], node_size: int) -> dict[str, tuple[li
     """Interleave the steps of two cases, both in flight at once; return their results and residuals' gradients."""
     dist.init_process_group("gloo")
     found = {}
-    for path in PATHS:
-        dispatcher = dispatcher_for(pair[0], path, node_size)
+    for dispatch in DISPATCH:
+        dispatcher = dispatcher_for(pair[0], dispatch, node_size)
         drawn = [case.of_rank(dist.get_rank()) for case in pair]
         chains, grads = [], list[Gradients]()
         for inputs, *stacks in drawn:
@@ -99,27 +99,27 @@ def run_cut(pair: tuple[Choices, Choices], node_size: int) -> dict[str, tuple[li
         for (inputs, *stacks), chain, (_, d_hidden, d_weights) in zip(drawn, chains, grads, strict=True):
             inputs["hidden"].grad, inputs["weights"].grad = d_hidden, d_weights
             results.append(numbers(inputs, chain.state, *stacks))
-        found[path] = results, [d_residual.numpy() for d_residual, *_ in grads]  # type: ignore[union-attr]
+        found[dispatch] = results, [d_residual.numpy() for d_residual, *_ in grads]  # type: ignore[union-attr]
     return found
 
 
 def test_starts_and_finishes_run_apart_with_autograd_cut_equal_one_process() -> None:
     pair = draw_cases(4)[0], draw_cases(4)[4]
     found = run_ranks(4, run_cut, pair, 2)
-    for path in PATHS:
+    for dispatch in DISPATCH:
         for number, case in enumerate(pair):
-            parts = [part[path][0][number] for part in found]
-            assert_equal_to_one_process(parts, in_one_process(case), f"{case}, {path}")
+            parts = [part[dispatch][0][number] for part in found]
+            assert_equal_to_one_process(parts, in_one_process(case), f"{case}, {dispatch}")
             for part, inputs in zip(found, case.draw()[0], strict=True):
-                assert np.array_equal(part[path][1][number], inputs["coefficients"].numpy())
+                assert np.array_equal(part[dispatch][1][number], inputs["coefficients"].numpy())
 
 
 def run_again(case: Choices) -> dict[str, tuple[dict[str, np.ndarray], dict[str, int]]]:
     """Recompute everything between the router and the residual in the backward pass."""
     dist.init_process_group("gloo")
     found = {}
-    for path in PATHS:
-        dispatcher = dispatcher_for(case, path, 1)
+    for dispatch in DISPATCH:
+        dispatcher = dispatcher_for(case, dispatch, 1)
         inputs, *stacks = case.of_rank(dist.get_rank())
 
         def whole(hidden: Tensor, weights: Tensor) -> Tensor:
@@ -128,15 +128,15 @@ def run_again(case: Choices) -> dict[str, tuple[dict[str, np.ndarray], dict[str,
 
         output = checkpoint(whole, inputs["hidden"], inputs["weights"], use_reentrant=False)
         results = differentiated(inputs, output, *stacks)
-        found[path] = results, {name: volume.rows for name, volume in dispatcher.volumes.items()}
+        found[dispatch] = results, {name: volume.rows for name, volume in dispatcher.volumes.items()}
     return found
 
 
 def test_recomputation_sends_rows_to_experts_again_and_does_not_bring_them_back_again() -> None:
     case = draw_cases(2)[0]
     found = run_ranks(2, run_again, case)
-    for path in PATHS:
-        assert_equal_to_one_process([part[path][0] for part in found], in_one_process(case), f"{case}, {path}")
-        sent = {name: sum(part[path][1][name] for part in found) for name in found[0][path][1]}
+    for dispatch in DISPATCH:
+        assert_equal_to_one_process([part[dispatch][0] for part in found], in_one_process(case), f"{case}, {dispatch}")
+        sent = {name: sum(part[dispatch][1][name] for part in found) for name in found[0][dispatch][1]}
         assert sent["dispatch"] == 2 * sent["combine"] > 0
         assert sent["combine"] == sent["combine_backward"] == sent["dispatch_backward"]

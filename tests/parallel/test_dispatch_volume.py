@@ -30,7 +30,7 @@ from ranks.choices import (
     in_one_process,
 )
 
-PATHS = ("direct", "node_limited")
+DISPATCH = ("direct", "node_limited")
 
 
 def weigh(rows: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
@@ -39,15 +39,15 @@ def weigh(rows: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
 
 
 def run_all(drawn: list[Choices], node_size: int, dispatch_dtype: str, kernel: Any) -> dict[tuple[str, str], Any]:
-    """Run every case along both paths; return what came, results, types and volumes."""
+    """Run every case in both ways; return what came, results, types and volumes."""
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     layout = RankLayout(1, 1, 1, ranks, node_size)
     found = {}
     for case in drawn:
-        for path in PATHS:
+        for dispatch in DISPATCH:
             config = ParallelConfig.model_validate(
-                {"ep_size": ranks, "dispatch": path, "dispatch_dtype": dispatch_dtype}
+                {"ep_size": ranks, "dispatch": dispatch, "dispatch_dtype": dispatch_dtype}
             )
             dispatcher = expert_parallel_dispatcher(config, layout, dist.group.WORLD, case.num_experts)
             inputs, *stacks = case.of_rank(dist.get_rank())
@@ -62,7 +62,7 @@ def run_all(drawn: list[Choices], node_size: int, dispatch_dtype: str, kernel: A
             if kernel is weigh:  # which has no gradients for the experts
                 for stack in stacks:
                     stack.grad = torch.zeros_like(stack)
-            found[case.name, path] = {
+            found[case.name, dispatch] = {
                 "rows": rows.detach().double().numpy(),
                 "types": (rows.dtype, row_weights.dtype, output.dtype),
                 "results": differentiated(inputs, output, *stacks),
@@ -96,12 +96,12 @@ def test_eight_ranks_on_two_nodes_send_a_token_to_a_node_once_and_get_equal_resu
     for case in drawn:
         expected = in_one_process(case)
         counted = crossings(case, 4)
-        for path in PATHS:
-            results = [part[case.name, path]["results"] for part in found]
+        for dispatch in DISPATCH:
+            results = [part[case.name, dispatch]["results"] for part in found]
             tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
-            assert_equal_to_one_process(results, expected, f"{case}, {path}", tolerance)
+            assert_equal_to_one_process(results, expected, f"{case}, {dispatch}", tolerance)
         for rank, part in enumerate(found):
-            direct, limited = (part[case.name, path]["volumes"] for path in PATHS)
+            direct, limited = (part[case.name, dispatch]["volumes"] for dispatch in DISPATCH)
             for name in ("dispatch", "combine_backward"):
                 assert direct[name]["rows"] == counted["pairs to ranks"][rank]
                 assert direct[name]["internode_rows"] == counted["pairs to nodes"][rank]
@@ -110,7 +110,8 @@ def test_eight_ranks_on_two_nodes_send_a_token_to_a_node_once_and_get_equal_resu
                 assert limited[name]["internode_rows"] <= direct[name]["internode_rows"]
         for name in ("dispatch", "combine", "dispatch_backward", "combine_backward"):
             crossed = {
-                path: sum(part[case.name, path]["volumes"][name]["internode_rows"] for part in found) for path in PATHS
+                dispatch: sum(part[case.name, dispatch]["volumes"][name]["internode_rows"] for part in found)
+                for dispatch in DISPATCH
             }
             assert crossed["direct"] == sum(counted["pairs to nodes"])
             assert crossed["node_limited"] == sum(counted["tokens to nodes"])
@@ -158,10 +159,10 @@ def test_fp8_rounds_what_goes_to_experts_in_both_directions_and_nothing_that_com
         order, _, _ = expert_order(inputs["experts"], case.num_experts)
         sent = inputs["hidden"].detach()[order // case.top_k].numpy()  # by expert, tokens of a lower rank first
         bound = error_bound(sent)
-        for path in PATHS:
-            parts = [part[case.name, path] for part in found]
-            assert_equal_to_one_process([part["results"] for part in parts], expected, f"{case}, {path}")
-            if path == "direct":  # the other has another order within an expert
+        for dispatch in DISPATCH:
+            parts = [part[case.name, dispatch] for part in found]
+            assert_equal_to_one_process([part["results"] for part in parts], expected, f"{case}, {dispatch}")
+            if dispatch == "direct":  # the other has another order within an expert
                 assert (np.abs(np.concatenate([part["rows"] for part in parts]) - sent) <= bound).all(), case
 
 
@@ -174,9 +175,9 @@ def error_bound(rows: np.ndarray) -> np.ndarray:
     return bounds * (1 + 1e-6)  # the scale and the value are divided in fp32
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dispatch", DISPATCH)
 @pytest.mark.parametrize("dispatch_dtype", ["compute", "fp8"])
-def test_bytes_are_those_of_rows_weights_lists_and_counts(path: str, dispatch_dtype: str) -> None:
+def test_bytes_are_those_of_rows_weights_lists_and_counts(dispatch: str, dispatch_dtype: str) -> None:
     """In bf16 with fp32 weights, as a run has them."""
     case = replace(draw_cases(4)[1], dtype=torch.bfloat16, width=300)
     found = run_ranks(4, run_all, [case], 2, dispatch_dtype, expert_ffn)
@@ -184,8 +185,8 @@ def test_bytes_are_those_of_rows_weights_lists_and_counts(path: str, dispatch_dt
     out = 300 + math.ceil(300 / 128) if dispatch_dtype == "fp8" else 2 * 300
     back = 2 * 300
     for rank, part in enumerate(found):
-        volumes = part[case.name, path]["volumes"]
-        if path == "direct":
+        volumes = part[case.name, dispatch]["volumes"]
+        if dispatch == "direct":
             pairs, plan = counted["pairs to nodes"][rank], 2 * case.experts * 8  # to two ranks of the other node
             assert volumes["dispatch"]["internode_bytes"] == pairs * (out + 4) + plan
             assert volumes["combine_backward"]["internode_bytes"] == pairs * out
@@ -198,8 +199,8 @@ def test_bytes_are_those_of_rows_weights_lists_and_counts(path: str, dispatch_dt
             assert volumes["dispatch"]["internode_bytes"] == rows * out + pairs * (4 + 4) + plan
             assert volumes["combine_backward"]["internode_bytes"] == rows * out
     for name, of_weights in (("combine", 0), ("dispatch_backward", 4)):
-        sent = sum(part[case.name, path]["volumes"][name]["internode_bytes"] for part in found)
-        rows = sum(counted["pairs to nodes" if path == "direct" else "tokens to nodes"])
+        sent = sum(part[case.name, dispatch]["volumes"][name]["internode_bytes"] for part in found)
+        rows = sum(counted["pairs to nodes" if dispatch == "direct" else "tokens to nodes"])
         assert sent == rows * back + sum(counted["pairs to nodes"]) * of_weights
 
 
@@ -211,13 +212,13 @@ def test_bf16_rows_keep_their_type_and_sums_are_rounded_once_or_once_a_node_too(
         hidden, weights = inputs["hidden"].detach(), inputs["weights"].detach()
         rows = (hidden.float()[:, None] * weights[..., None]).bfloat16().double()  # [T, K, D] as experts return them
         exact, sizes = rows.sum(1).numpy(), rows.abs().sum(1).numpy()
-        for path in PATHS:
-            parts = [part[case.name, path] for part in found]
+        for dispatch in DISPATCH:
+            parts = [part[case.name, dispatch] for part in found]
             assert {part["types"] for part in parts} == {(torch.bfloat16, torch.float32, torch.bfloat16)}
             error = np.abs(np.concatenate([part["results"]["output"] for part in parts]) - exact)
             rounded_once = np.abs(exact) * 2.0**-8
-            bound = rounded_once if path == "direct" else rounded_once + sizes * 2.0**-8  # the sum of each node too
-            assert (error <= bound * 1.01 + sizes * 2.0**-20).all(), f"{case}, {path}"
+            bound = rounded_once if dispatch == "direct" else rounded_once + sizes * 2.0**-8  # the sum of each node too
+            assert (error <= bound * 1.01 + sizes * 2.0**-20).all(), f"{case}, {dispatch}"
 
 
 def test_node_groups_are_rows_and_columns_of_every_expert_group() -> None:

@@ -22,9 +22,15 @@ RANKS, HIDDEN = 4, 136
 #: Groups, of which a token may use so many, and experts a token.
 ROUTINGS = {"free": (1, 1, 3), "groups": (4, 2, 3)}
 CASES = [
-    (path, dtype, encoding, node_size, routing)
-    for path, node_size in (("direct", 2), ("direct", 3), ("node_limited", 2), ("node_limited", 1), ("node_limited", 4))
-    for dtype, encoding in (("bfloat16", "fp8"), ("bfloat16", "compute"), ("float64", "compute"))
+    (dispatch, dtype, dispatch_dtype, node_size, routing)
+    for dispatch, node_size in (
+        ("direct", 2),
+        ("direct", 3),
+        ("node_limited", 2),
+        ("node_limited", 1),
+        ("node_limited", 4),
+    )
+    for dtype, dispatch_dtype in (("bfloat16", "fp8"), ("bfloat16", "compute"), ("float64", "compute"))
     for routing in ROUTINGS
 ]
 
@@ -53,8 +59,10 @@ def every_choice(model: ModelConfig) -> torch.Tensor:
 def _dispatch() -> list[dict[str, Any]]:
     dist.init_process_group("gloo")
     found = []
-    for path, dtype, encoding, node_size, routing in CASES:
-        config = ParallelConfig.model_validate({"ep_size": RANKS, "dispatch": path, "dispatch_dtype": encoding})
+    for dispatch, dtype, dispatch_dtype, node_size, routing in CASES:
+        config = ParallelConfig.model_validate(
+            {"ep_size": RANKS, "dispatch": dispatch, "dispatch_dtype": dispatch_dtype}
+        )
         model, kind = shape(routing), getattr(torch, dtype)
         layout = RankLayout(1, 1, 1, RANKS, node_size)
         dispatcher = expert_parallel_dispatcher(config, layout, dist.group.WORLD, model.n_routed_experts)
@@ -74,8 +82,8 @@ def sent() -> list[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 def test_expected_rows_and_bytes_are_those_of_balanced_choices(number: int, sent: list[list[dict[str, Any]]]) -> None:
-    path, dtype, encoding, node_size, routing = CASES[number]
-    config = ParallelConfig.model_validate({"ep_size": RANKS, "dispatch": path, "dispatch_dtype": encoding})
+    dispatch, dtype, dispatch_dtype, node_size, routing = CASES[number]
+    config = ParallelConfig.model_validate({"ep_size": RANKS, "dispatch": dispatch, "dispatch_dtype": dispatch_dtype})
     model = shape(routing)
     layout = RankLayout(1, 1, 1, RANKS, node_size)
     tokens = len(every_choice(model))

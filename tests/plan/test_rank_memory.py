@@ -95,7 +95,8 @@ def test_the_trainer_keeps_what_autograd_keeps() -> None:
     torch = pytest.importorskip("torch")
     from abyssal.model import Transformer, initialise
     from abyssal.ops.kernels import choose_kernels
-    from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
+    from abyssal.train.executor import forward
+    from abyssal.train.objective import MicroBatch, NextTokenObjective
 
     config = load_recipe("demo").model.model_copy(
         update={
@@ -115,9 +116,9 @@ def test_the_trainer_keeps_what_autograd_keeps() -> None:
         return tensor
 
     windows = torch.randint(config.vocab_size, (sequences, length + 1), generator=torch.Generator().manual_seed(1))
-    weights = ObjectiveWeights(tokens=sequences * length, sequences=sequences, mtp=0.3, balance=1e-4)
+    objective = NextTokenObjective(tokens=sequences * length, sequences=sequences, mtp=0.3, balance=1e-4)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = micro_batch_loss(model, windows, weights, [])
+        loss = forward(model, objective, MicroBatch(windows))
     measured = sum(size for size, _ in kept.values())
     del loss
     work = DeviceWork(

@@ -24,7 +24,8 @@ from abyssal.ranks.ranks import Ranks
 from abyssal.train.build import build_run
 from abyssal.train.dry_run import DryRun, dry_run
 from abyssal.train.dry_run.parts import DENSE, EMBEDDING, HEAD, MOE, MTP, build_parts, part_of
-from abyssal.train.objective import ObjectiveWeights, micro_batch_loss
+from abyssal.train.executor import forward
+from abyssal.train.objective import MicroBatch, NextTokenObjective
 from abyssal.train.step import train_step
 from abyssal.train.training_state import TrainingState
 from ranks import run_ranks
@@ -275,9 +276,9 @@ def test_casts_are_the_weights_that_a_forward_pass_keeps_for_its_backward_pass()
         return tensor
 
     windows = torch.randint(320, (1, config.train.sequence_length + 1))
-    weights = ObjectiveWeights(tokens=24, sequences=1, mtp=0.3, balance=1e-4)
+    objective = NextTokenObjective(tokens=24, sequences=1, mtp=0.3, balance=1e-4)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = micro_batch_loss(model, windows, weights)  # so that no storage is used twice
+        held, _ = forward(model, objective, MicroBatch(windows))  # held, so that no storage is used twice
     assert held.total > 0
     head = run.parts[HEAD].sum("cast_bytes")  # lives through the loss only, when all others do
     assert sum(kept.values()) == total(run, "cast_bytes") - head > head > 0

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from abyssal.checkpoint.state import leaves, save_state
+from abyssal.checkpoint.state import named_tensors, save_state
 from abyssal.config import RunConfig, load_recipe
 from abyssal.ranks.ranks import Ranks
 from abyssal.train.step import train_step
@@ -65,7 +65,7 @@ class Run:
 
     def whole(self) -> dict[str, Tensor]:
         """Return a copy of all weights and moments, put together."""
-        named = ((".".join(path), tensor) for path, tensor in leaves(self.state.tensors))
+        named = ((".".join(path), tensor) for path, tensor in named_tensors(self.state.tensors))
         return {n: t.full_tensor() if isinstance(t, DTensor) else t.detach().clone() for n, t in named}
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +140,26 @@ def test_each_optimizer_multiplies_the_schedules_learning_rate_by_its_own_scale(
     _, optimizer = build(config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"name": "adamw"})}))
     optimizer.step(0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_the_device_is_read_once_a_step(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of training or of the network reads a value before all are read together, nor reads the device again."""
+    model, optimizer = build(config)
+    reads: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(torch.Tensor, name)
+
+        def read(self: torch.Tensor, *args: Any) -> Any:
+            caller = sys._getframe(1).f_code.co_filename
+            if any(f"/abyssal/{package}/" in caller for package in ("train", "model")):
+                reads.append(name)
+            return original(self, *args)
+
+        return read
+
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    train_step(model, optimizer, torch.randint(97, (4, 13)), config, tokens_seen=400)
+    assert reads[0] == "cpu"
+    assert reads.count("cpu") == 1

@@ -143,7 +143,7 @@ def _convert(source: Path, target: Path, conversion: Conversion, workers: int, s
                 conversion,
                 workers=workers or min(available_cores(), 8),
                 scales_from=scales_from,
-                watch=lambda now: progress.show(now.written_bytes, now.total_bytes, now.kept_bytes),
+                on_progress=lambda now: progress.show(now.written_bytes, now.total_bytes, now.kept_bytes),
             )
     except KeyboardInterrupt:
         typer.echo("\ninterrupted; the same command goes on with the files that are finished", err=True)

@@ -110,11 +110,11 @@ def weight_facts(folder: Path, model: ModelConfig) -> dict[str, Any] | None:
     from dataclasses import asdict
 
     from abyssal.checkpoint.hf import ModelReader
-    from abyssal.checkpoint.hf.inventory import has_weights, take_inventory
+    from abyssal.checkpoint.hf.inventory import has_weights, weight_inventory
 
     if not has_weights(folder):
         return None
-    inventory = take_inventory(ModelReader(folder, model))
+    inventory = weight_inventory(ModelReader(folder, model))
     return asdict(inventory) | {"bytes": inventory.bytes}
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from abyssal.checkpoint.hf import ModelReader, load_into, read_model_directory
-from abyssal.checkpoint.hf.direct_read import can_read_into, read_into
-from abyssal.checkpoint.hf.mismatch import Fit
-from abyssal.checkpoint.hf.names import split_experts
+from abyssal.checkpoint.hf.expert_stacks import split_experts
+from abyssal.checkpoint.hf.mismatch import WeightMismatch
+from abyssal.checkpoint.hf.row_reader import can_read_into, read_into
 from abyssal.config import ModelConfig
 from abyssal.engine.generation_config import GenerationDefaults, read_generation_defaults
 from abyssal.engine.prepare import prepare_for_inference
@@ -135,8 +135,7 @@ def _fill(model: Transformer, reader: ModelReader) -> None:
     if not all(can_read_into(reader.headers[name], place) for name, place in places.items()):
         load_into(model, reader)
     elif not_finite := read_into(places, reader.headers, torch.get_num_threads()):
-        report = Fit(not_finite=not_finite).report()
-        raise ModelDirectoryError(f"{reader.path}: the weights do not fit the model; {report}")
+        WeightMismatch(not_finite=not_finite).refuse(reader.path)
 
 
 def _materialise(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -70,9 +71,8 @@ class Context:
 
         A sequence of k tokens or fewer keeps its place with none.
         """
-        ends = torch.tensor(self.lengths).cumsum(0)
-        stays = torch.ones(len(self.positions), dtype=torch.bool)
-        for n, end in zip(self.lengths, ends.tolist(), strict=True):
+        stays = torch.ones(len(self.positions), dtype=torch.bool)  # on the CPU, so that no device is waited for
+        for n, end in zip(self.lengths, accumulate(self.lengths), strict=True):
             stays[end - min(n, k) : end] = False
         lengths = tuple(max(n - k, 0) for n in self.lengths)
         balance_lengths = self.balance_lengths

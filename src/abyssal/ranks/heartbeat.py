@@ -114,7 +114,10 @@ class Heartbeats:
     def _receive(self, seconds: float) -> list[dict[str, Any]]:
         """Return what the process says within some time."""
         ready, _, _ = select.select([self._control.stream], [], [], seconds)
-        return self._control.receive() or [] if ready else []
+        messages = self._control.receive() if ready else []
+        if messages is None:  # it has been killed
+            time.sleep(seconds)
+        return messages or []
 
 
 def _start(launch: Launch, token: str, silence_s: float, files: tuple[int, int]) -> subprocess.Popen[bytes]:

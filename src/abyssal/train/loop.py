@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from abyssal.checkpoint.state import StateWriter, latest_state, read_progress
+from abyssal.checkpoint.state import StateWriter, latest_state, read_progress, set_damaged_states_aside
 from abyssal.config import RunConfig
 from abyssal.config.resume import resumed_changes
 from abyssal.parallel.layout import describe
@@ -23,7 +23,7 @@ from abyssal.train.resolve import cores_of_a_rank, peak_flops, resolve, set_thre
 from abyssal.train.run_folder import RunFolder
 from abyssal.train.signals import StopSignals
 from abyssal.train.step import RefusedUpdateError, train_step
-from abyssal.train.training_state import TrainingState, set_damaged_aside
+from abyssal.train.training_state import TrainingState
 
 
 def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE) -> Path:
@@ -43,6 +43,7 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE)
     lay_out_run(config, ranks.world_size, ranks.local_world_size)  # refused before anything is written, as is init_from
     ranks.first(folder.refuse_another)
     open_initial_weights(config)
+    ranks.mark("preparation of the data", may_take_long=True)
     ranks.first(lambda: prepare_inputs(config, folder.data(config), console))
     inputs = open_inputs(config, folder.data(config))
     config, sentences = ranks.first(lambda: resolve(config, _device(), ranks))
@@ -71,14 +72,15 @@ def resume(
         overrides: `section.field=value`, of the fields that may change (`abyssal.config.resume`).
         ranks: that train together, as many as before or not; all of them call this.
         recipe: by which a launch is known again that goes on with the run, and starts its ranks again where one fails.
-        step_back: whether a newest state that is damaged is set aside for the one before it.
+        step_back: whether newest states that are damaged are set aside for the one before them.
 
     Raises:
-        CheckpointError: the newest state is damaged, and there is none before it, or `step_back` is not set.
+        DamagedStateError: the newest state is damaged, and `step_back` is not set, or none before it is intact.
     """
     folder = RunFolder(path)
     before, config = folder.resolved_config(), folder.resolved_config(overrides)
-    if step_back and (sentence := set_damaged_aside(folder.states, ranks)):
+    for state in set_damaged_states_aside(folder.states, group=ranks.control) if step_back else ():
+        sentence = f"{state.fault}; set aside as {state.path.name}, and the run goes back to the state before"
         console.print(sentence, style="bold red", highlight=False, markup=False)
     newest = latest_state(folder.states, group=ranks.control)
     if newest is not None:  # the stored recipe may have been edited since
@@ -106,6 +108,7 @@ def _train(
 ) -> Path:
     device, length = _device(), config.train.sequence_length
     set_threads(min(config.train.threads, cores_of_a_rank(ranks)))
+    ranks.mark("building and reading the state", may_take_long=True)
     state = TrainingState(config, device, ranks)
     if ranks.world_size > 1:
         console.print(describe(state.layout, config.model), highlight=False, markup=False)
@@ -126,6 +129,7 @@ def _train(
     peak = ranks.first(lambda: peak_flops(config, device)) * ranks.world_size
     with Reporter(console, folder, state.progress, config, peak, speaks=ranks.is_first) as reporter:
         _steps(state, folder, inputs, reporter, evaluate=evaluate, export=export)
+        ranks.mark("last evaluation and model directory", may_take_long=True)
         reporter.score(state.progress, evaluate())
     export(folder.model, progress=state.progress, score=reporter.last_score)
     if state.average is not None:
@@ -155,6 +159,7 @@ def _steps(
             folder.states, keep=due.keep, keep_multiples_of=keep_multiples_of, group=ranks.control
         ) as writer:
             while state.progress.tokens < total and not signals.agree(ranks.most):
+                ranks.mark("next batch")
                 batch, seen = state.next_batch(inputs.loader), state.progress.tokens
                 try:
                     windows = batch.tokens.to(device)
@@ -180,6 +185,7 @@ def _steps(
                 state.accept(len(windows) * ranks.world_size, result)
                 progress, ended = state.progress, state.progress.tokens >= total
                 reporter.step(progress, result)
+                ranks.mark("evaluation, export and training state", may_take_long=True)
                 with reporter.apart():
                     if progress.step % config.evaluation.every_steps == 0 and not ended:
                         reporter.score(progress, evaluate(max_bytes=config.evaluation.max_bytes))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abyssal.checkpoint.state import adamw_tensors
 from abyssal.config.run import OptimizerConfig
 from abyssal.model import Transformer
 from abyssal.parallel.matrix_exchange import MatrixExchange
@@ -57,6 +56,24 @@ class Optimizers:
         by_muon = {name: p for name, p in parameters.items() if id(p) in taken}
         found = adamw_tensors(self.adamw, by_adamw)
         return found | muon_tensors(self.muon, by_muon) if self.muon else found
+
+
+def adamw_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return an AdamW's state as {parameter name: {"step", "exp_avg", "exp_avg_sq"}}, the live tensors themselves.
+
+    What a fresh optimizer creates at its first step is created here, as zeros, so that a state can be loaded into it.
+    """
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    wide = torch.get_default_dtype() == torch.float64
+    for parameter in parameters.values():
+        state, group = optimizer.state[parameter], groups[id(parameter)]
+        if not state:  # as torch's own AdamW does: the fused kernel wants an fp32 count beside the parameter
+            fused = bool(group["fused"])
+            device = parameter.device if fused or group["capturable"] else None
+            state["step"] = torch.zeros((), dtype=torch.float64 if wide and not fused else torch.float32, device=device)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return {name: dict(optimizer.state[parameter]) for name, parameter in parameters.items()}
 
 
 def build_optimizer(model: Transformer, config: OptimizerConfig, mesh: Mesh | None = None) -> Optimizers:
@@ -113,6 +130,6 @@ def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks = ALONE) -> T
     parts = [local(gradient) for gradient in gradients]
     norms = torch._foreach_norm(parts, dtype=torch.float64)
     squares = [norm.square() / copies(gradient) for norm, gradient in zip(norms, gradients, strict=True)]
-    norm = ranks.sum(torch.stack(squares).sum().cpu()).sqrt()
-    torch._foreach_mul_(parts, min(max_norm / (norm.item() + 1e-6), 1.0))
+    norm = ranks.sum(torch.stack(squares).sum()).sqrt()
+    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

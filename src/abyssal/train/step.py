@@ -1,13 +1,12 @@
-"""One optimizer step.
+"""One optimizer step: the batch's gradients, the clip, the update, and last the balancing biases.
 
-Legend: B sequences, S positions each, E routed experts.
+Legend: B sequences, S positions each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,11 +14,11 @@ from torch import Tensor
 from abyssal.config import RunConfig
 from abyssal.errors import TrainingError
 from abyssal.model import Transformer
-from abyssal.parallel.apply import begin_micro_batch, begin_step, end_step
 from abyssal.ranks.ranks import ALONE, Ranks
-from abyssal.train.balancing import add_loads, max_violation, update_biases
+from abyssal.train.balancing import max_violation, update_biases
+from abyssal.train.executor import Executor, run_in_turn
 from abyssal.train.guard import non_finite
-from abyssal.train.objective import MicroBatchLoss, ObjectiveWeights, micro_batch_loss
+from abyssal.train.objective import MicroBatch, NextTokenObjective
 from abyssal.train.optimizer import Optimizers, clip_gradients
 
 
@@ -55,6 +54,7 @@ def train_step(
     judge: Callable[[float, float], str | None] = non_finite,
     lengths: Sequence[Sequence[int]] = (),
     ranks: Ranks = ALONE,
+    execute: Executor = run_in_turn,
 ) -> StepResult:
     """Accumulate the batch's gradients, clip, update the weights, then the balancing biases.
 
@@ -64,84 +64,42 @@ def train_step(
         judge: takes loss and gradient norm, and says why the update is to be refused, or none.
         lengths: of each window, the inputs of one document after another, where none may see another document.
         ranks: that make this step together, each with the same model, optimizer and settings.
+        execute: runs the micro-batches.
 
     Raises:
         RefusedUpdateError: `judge` refused; weights, moments and biases are as before.
     """
     total_tokens, schedule = config.train.tokens, config.schedule
-    learning_rate = schedule.learning_rate.at(tokens_seen, total_tokens)
     sequences, positions = windows.shape[0], windows.shape[1] - 1
     documents = ranks.sum(torch.tensor(sum(map(len, lengths)))).item() if lengths else sequences * ranks.world_size
-    weights = ObjectiveWeights(
+    objective = NextTokenObjective(
         tokens=sequences * positions * ranks.world_size,
         sequences=int(documents),
         mtp=schedule.mtp_weight.at(tokens_seen, total_tokens),
         balance=config.objective.balance_alpha,
     )
-    seen = _Seen.nothing(len(model.mtp_modules))
-    optimizer.zero_grad()
     size = config.train.micro_batch_size
-    begin_step(model, config.parallel)
-    for first, micro_batch in zip(range(0, sequences, size), windows.split(size), strict=True):
-        begin_micro_batch(model, config.parallel, last=first + size >= sequences)
-        part = micro_batch_loss(model, micro_batch, weights, lengths[first : first + size])
-        part.total.backward()
-        seen.add(part)
-    end_step(model)
-    norm = clip_gradients(model, config.optimizer.max_grad_norm, ranks).item()
-    seen.sum_over(ranks)
-    loss, loads = seen.main.item() / weights.tokens, seen.loads
-    if reason := judge(loss, norm):
-        raise RefusedUpdateError(reason, loss, norm)
+    micro_batches = [
+        MicroBatch(part, lengths[first : first + size])
+        for first, part in zip(range(0, sequences, size), windows.split(size), strict=True)
+    ]
+    optimizer.zero_grad()
+    sums = execute(model, objective, micro_batches, config.parallel, ranks)
+    ranks.mark("gradient norm")
+    totals = sums.read(clip_gradients(model, config.optimizer.max_grad_norm, ranks), ranks)
+    loss = totals.losses["main"] / objective.tokens
+    if reason := judge(loss, totals.gradient_norm):
+        raise RefusedUpdateError(reason, loss, totals.gradient_norm)
+    ranks.mark("update of the weights")
+    learning_rate = schedule.learning_rate.at(tokens_seen, total_tokens)
     optimizer.step(learning_rate)
-    update_biases(model, loads, schedule.bias_update_speed.at(tokens_seen, total_tokens))
+    update_biases(model, totals.loads, schedule.bias_update_speed.at(tokens_seen, total_tokens))
     return StepResult(
         loss=loss,
-        mtp_losses=tuple(value.item() / weights.tokens for value in seen.mtp),
-        balance_loss=seen.balance_loss,
-        gradient_norm=norm,
+        mtp_losses=tuple(value / objective.tokens for name, value in totals.losses.items() if name != "main"),
+        balance_loss=totals.balance_loss,
+        gradient_norm=totals.gradient_norm,
         learning_rate=learning_rate,
-        max_violation=max_violation(loads),
-        expert_load={layer: load.tolist() for layer, load in loads.items()},
+        max_violation=max_violation(totals.loads),
+        expert_load={layer: load.tolist() for layer, load in totals.loads.items()},
     )
-
-
-@dataclass
-class _Seen:
-    """What the micro-batches of a step report, on the CPU."""
-
-    main: Tensor  # [], summed over tokens
-    mtp: list[Tensor]  # [] each
-    loads: dict[int, Tensor] = field(default_factory=dict)
-    balance: list[Tensor] = field(default_factory=list)  # [] each, one a layer and micro-batch
-
-    @classmethod
-    def nothing(cls, depth: int) -> Self:
-        """Begin with `depth` MTP modules."""
-        return cls(torch.zeros(()), [torch.zeros(()) for _ in range(depth)])
-
-    def add(self, part: MicroBatchLoss) -> None:
-        """Take in one micro-batch."""
-        self.main = self.main + part.main.cpu()
-        self.mtp = [a + b.cpu() for a, b in zip(self.mtp, part.mtp, strict=True)]
-        add_loads(self.loads, part.statistics.expert_load)
-        self.balance += [value.cpu() for value in part.statistics.balance_loss.values()]
-
-    @property
-    def balance_loss(self) -> float:
-        """The mean over MoE layers and sequences."""
-        return torch.stack(self.balance).mean().item() if self.balance else 0.0
-
-    def sum_over(self, ranks: Ranks) -> None:
-        """Replace this rank's sums by those of all ranks, whose shares are alike."""
-        if ranks.world_size == 1:
-            return
-        layers = sorted(self.loads)
-        balance = torch.tensor([self.balance_loss / ranks.world_size], dtype=torch.float64)
-        loads = [self.loads[layer].cpu() for layer in layers]
-        parts = [torch.stack([self.main, *self.mtp]), balance, *loads]
-        sums = ranks.sum(torch.cat([part.to(torch.float64) for part in parts]))  # exact for counts of tokens
-        losses, mean, *loads = sums.split([len(part) for part in parts])
-        self.main, *self.mtp = losses.unbind()
-        self.balance = [mean.squeeze()]
-        self.loads = {layer: load.round().to(torch.int64) for layer, load in zip(layers, loads, strict=True)}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from abyssal.checkpoint.state import check_state, leaves, load_state, remove_state, states
+from abyssal.checkpoint.state import load_state, named_tensors, remove_state, states, step_of
 from abyssal.config import RunConfig
 from abyssal.data.batch import Batch, BatchLoader
-from abyssal.errors import CheckpointError, TrainingError
-from abyssal.files.faults import os_faults
+from abyssal.errors import TrainingError
 from abyssal.ranks.ranks import ALONE, Ranks
 from abyssal.train.average import WeightAverage
 from abyssal.train.build import build_run, fill_weights
@@ -53,7 +51,7 @@ class TrainingState:
             self.progress, self.guard = Progress.from_json(record), Guard.from_json(record.get("guard"))
             return
         fill_weights(self.model, self.config)
-        for _, tensor in leaves(self.tensors["optimizer"]):
+        for _, tensor in named_tensors(self.tensors["optimizer"]):
             tensor.zero_()
         if self.average is not None:
             self.average.reset(self.weights)
@@ -102,7 +100,7 @@ class TrainingState:
                 f"steps were refused, and the run went back {len(trouble.rollbacks)} times already, which "
                 f"guard.max_rollbacks={limits.max_rollbacks} allows no more"
             )
-        before = [path for path in saved if _step_of(path) < trouble.refusals[0].step]
+        before = [path for path in saved if step_of(path) < trouble.refusals[0].step]
         target = before[-1] if before else saved[0] if saved else None
         for path in reversed(saved):
             if path == target:
@@ -111,38 +109,3 @@ class TrainingState:
         self.restore(target)
         next_sequence = self.next_batch(loader).ranges[0][0]
         self.guard = trouble.rolled_back(self.guard, self.progress.step, next_sequence)
-
-
-def set_damaged_aside(root: Path, ranks: Ranks) -> str:
-    """Rename the newest state under `root` where it is damaged, so that the one before it is the newest.
-
-    Returns:
-        What was found and done, for people; empty where the newest is sound, or there is none.
-
-    Raises:
-        CheckpointError: it is damaged, and no state is before it.
-    """
-    saved = states(root, group=ranks.control)
-    if not saved:
-        return ""
-    *before, newest = saved
-    aside = newest.with_name(f"damaged-{newest.name}")
-
-    def set_aside() -> None:
-        with os_faults(CheckpointError, newest, "set this training state aside"):
-            shutil.rmtree(aside, ignore_errors=True)  # of the same step, from an earlier time
-            newest.rename(aside)
-
-    try:
-        check_state(newest, group=ranks.control)
-    except CheckpointError as damage:
-        if not before:
-            raise
-        ranks.first(set_aside)
-        what = str(damage).rpartition("; ")[0]  # without what to do about it
-        return f"{what}; set aside as {aside.name}, the run goes back to {before[-1].name}"
-    return ""
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abyssal.checkpoint.hf.names import released_tensors
+from abyssal.checkpoint.hf.released import released_tensors
 from abyssal.config import ModelConfig
 
 #: Two or three blocks along each side, the last one smaller; odd sizes among them.

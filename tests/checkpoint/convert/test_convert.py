@@ -137,7 +137,7 @@ def test_large_tensors_are_taken_in_row_blocks(
 ) -> None:
     source = plain(seed=seed())
     convert_directory(source, tmp_path / "whole", Conversion("fp8"))
-    monkeypatch.setattr("abyssal.checkpoint.hf.file_plan.VALUES", 1)
+    monkeypatch.setattr("abyssal.checkpoint.hf.file_plan.BLOCK_VALUES", 1)
     convert_directory(source, tmp_path / "out", Conversion("fp8"))
     assert oracle.sums(tmp_path / "out") == oracle.sums(tmp_path / "whole")
 
@@ -169,7 +169,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
     for workers in (1, 2):
         conversion = Conversion("bf16", max_shard_bytes=300_000)
         out = tmp_path / f"out{workers}"
-        convert_directory(source, out, conversion, workers=workers, watch=lambda now: told.append(now))
+        convert_directory(source, out, conversion, workers=workers, on_progress=lambda now: told.append(now))
     assert oracle.sums(tmp_path / "out1") == oracle.sums(tmp_path / "out2")
     last = told[-1]
     weights = sum(file.stat().st_size for file in (tmp_path / "out2").glob("*.safetensors"))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from abyssal.checkpoint.convert import Conversion, Progress, convert_directory
+from abyssal.checkpoint.convert import Conversion, ConversionProgress, convert_directory
 from abyssal.checkpoint.convert.run import unfinished_folder
 from abyssal.errors import ModelDirectoryError
 
@@ -60,7 +60,7 @@ def watch(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    convert_directory(Path(sys.argv[1]), Path(sys.argv[2]), Conversion("bf16", 200_000), workers=2, watch=watch)
+    convert_directory(Path(sys.argv[1]), Path(sys.argv[2]), Conversion("bf16", 200_000), workers=2, on_progress=watch)
 """
 
 
@@ -106,20 +106,20 @@ def test_what_is_finished_is_not_written_again(
     source = quantised(seed=random.randrange(2**31))
     convert_directory(source, tmp_path / "undisturbed", BF16)
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: ConversionProgress) -> None:
         if progress.files == finished:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_directory(source, tmp_path / "out", BF16, watch=interrupt)
+        convert_directory(source, tmp_path / "out", BF16, on_progress=interrupt)
     assert not (tmp_path / "out").exists()
     parts = unfinished_folder(tmp_path / "out") / "model"
     names = {path.name for path in parts.iterdir()}
     assert len(names) == finished
     stamps = {name: (parts / name).stat().st_mtime_ns for name in names}
     (parts / "model-00002-of-00009.safetensors.77.part").write_bytes(b"half")
-    told: list[Progress] = []
-    outcome = convert_directory(source, tmp_path / "out", BF16, watch=told.append)
+    told: list[ConversionProgress] = []
+    outcome = convert_directory(source, tmp_path / "out", BF16, on_progress=told.append)
     assert oracle.sums(tmp_path / "out") == oracle.sums(tmp_path / "undisturbed")
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in names} == stamps
     assert outcome.kept_bytes == sum((tmp_path / "out" / name).stat().st_size for name in names)
@@ -140,12 +140,12 @@ def test_a_finished_file_that_lost_its_end_is_written_again(
 
 
 def interrupt_after(source: Path, target: Path, conversion: Conversion, *, files: int) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: ConversionProgress) -> None:
         if progress.files == files:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_directory(source, target, conversion, watch=interrupt)
+        convert_directory(source, target, conversion, on_progress=interrupt)
 
 
 @pytest.mark.parametrize("change", ["options", "weights", "a copied file"])
@@ -171,13 +171,13 @@ def test_two_conversions_to_one_place_do_not_meet(quantised: Build, tmp_path: Pa
     source = quantised()
     met = []
 
-    def begin_another(progress: Progress) -> None:
+    def begin_another(progress: ConversionProgress) -> None:
         if not met:
             met.append(1)
             with pytest.raises(ModelDirectoryError, match="out: another process is converting to it"):
                 convert_directory(source, tmp_path / "out", BF16)
 
-    convert_directory(source, tmp_path / "out", BF16, watch=begin_another)
+    convert_directory(source, tmp_path / "out", BF16, on_progress=begin_another)
     assert met
 
 
@@ -186,12 +186,12 @@ def test_a_killed_process_is_told_and_what_is_finished_stays(
 ) -> None:
     source = quantised()
 
-    def kill(progress: Progress) -> None:
+    def kill(progress: ConversionProgress) -> None:
         for child in multiprocessing.active_children():
             child.kill()
 
     with pytest.raises(ModelDirectoryError, match=r"workers=2: one of the processes was killed, .* try fewer"):
-        convert_directory(source, tmp_path / "out", BF16, workers=2, watch=kill)
+        convert_directory(source, tmp_path / "out", BF16, workers=2, on_progress=kill)
     convert_directory(source, tmp_path / "out", BF16)
     convert_directory(source, tmp_path / "again", BF16)
     assert oracle.sums(tmp_path / "out") == oracle.sums(tmp_path / "again")

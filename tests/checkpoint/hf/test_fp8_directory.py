@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from abyssal.checkpoint.hf import load_into, read_model_directory
-from abyssal.checkpoint.hf.names import memory_tensors, released_tensors
+from abyssal.checkpoint.hf.names import memory_tensors
+from abyssal.checkpoint.hf.released import released_tensors
 from abyssal.config import ModelConfig
 from abyssal.errors import ModelDirectoryError
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abyssal.checkpoint.hf import ModelReader, write_model_directory
-from abyssal.checkpoint.hf.inventory import Inventory, has_weights, take_inventory
+from abyssal.checkpoint.hf.inventory import WeightInventory, has_weights, weight_inventory
 from abyssal.config import ModelConfig
 from abyssal.model import Transformer, initialise
 from abyssal.text.tokenizer import Tokenizer
@@ -16,8 +16,8 @@ from abyssal.text.tokenizer_config import write_tokenizer_config
 MTP_LAYER = "model.layers.3."
 
 
-def inventory_of(folder: Path) -> Inventory:
-    return take_inventory(ModelReader(folder, ModelConfig.from_json(folder / "config.json")))
+def inventory_of(folder: Path) -> WeightInventory:
+    return weight_inventory(ModelReader(folder, ModelConfig.from_json(folder / "config.json")))
 
 
 def rewrite(folder: Path, changed: dict[str, torch.Tensor | None]) -> None:

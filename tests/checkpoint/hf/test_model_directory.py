@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from abyssal.checkpoint.hf import load_into, read_model_directory
-from abyssal.checkpoint.hf.names import memory_tensors, released_tensors
+from abyssal.checkpoint.hf.names import memory_tensors
+from abyssal.checkpoint.hf.released import released_tensors
 from abyssal.errors import ModelDirectoryError
 
 
@@ -201,7 +202,7 @@ def test_a_directory_of_ours_stays_when_its_replacement_fails(written, write, ti
         def write(self, data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("abyssal.checkpoint.hf.write_weights.FileIO", FullDisk)
+    monkeypatch.setattr("abyssal.checkpoint.hf.weight_files.FileIO", FullDisk)
     with pytest.raises(ModelDirectoryError, match=r"cannot write the model directory \(No space left on device; free"):
         write(tiny(), random_tensors(tiny(), seed=1))
     assert {file.name: file.read_bytes() for file in written.iterdir()} == before

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from abyssal.checkpoint.hf.names import split_experts
+from abyssal.checkpoint.hf.expert_stacks import split_experts
 from abyssal.config import ModelConfig
 from abyssal.engine.load import load_model
 from abyssal.errors import AbyssalError

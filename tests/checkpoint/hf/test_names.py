@@ -3,15 +3,9 @@
 import pytest
 import torch
 
-from abyssal.checkpoint.hf.names import (
-    fold,
-    join_experts,
-    memory_tensors,
-    mtp_copies,
-    released_tensors,
-    split_experts,
-    split_names,
-)
+from abyssal.checkpoint.hf.expert_stacks import split_experts, split_names, stack_experts
+from abyssal.checkpoint.hf.names import fold_names, memory_tensors
+from abyssal.checkpoint.hf.released import mtp_copies, released_tensors
 
 
 def test_released_names_and_shapes_of_every_kind_of_layer(tiny):
@@ -95,21 +89,23 @@ def test_split_experts_gives_gate_the_first_rows_and_up_the_last():
 def test_join_experts_is_the_inverse_of_split_experts(name, shape, dtype):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     parts = dict(split_experts(name, tensor))
-    joined = join_experts(name, 3, parts.__getitem__)
+    joined = stack_experts(name, 3, parts.__getitem__)
     assert joined.dtype == dtype
     assert torch.equal(joined, tensor)
 
 
 def test_fold_names_layers_and_experts_as_ranges():
     names = [f"model.layers.{i}.mlp.experts.{e}.up_proj.weight" for i in (3, 4, 7) for e in range(5)]
-    assert fold(["model.norm.weight", *names]) == [
+    assert fold_names(["model.norm.weight", *names]) == [
         "model.norm.weight",
         "model.layers.{3-4,7}.mlp.experts.{0-4}.up_proj.weight",
     ]
     uneven = [name for name in names if name != "model.layers.4.mlp.experts.2.up_proj.weight"]
-    assert fold(uneven) == [
+    assert fold_names(uneven) == [
         "model.layers.{3,7}.mlp.experts.{0-4}.up_proj.weight",
         "model.layers.4.mlp.experts.{0-1,3-4}.up_proj.weight",
     ]
-    assert fold(["model.layers.5.mlp.experts.9.up_proj.weight"]) == ["model.layers.5.mlp.experts.9.up_proj.weight"]
-    assert fold([]) == []
+    assert fold_names(["model.layers.5.mlp.experts.9.up_proj.weight"]) == [
+        "model.layers.5.mlp.experts.9.up_proj.weight"
+    ]
+    assert fold_names([]) == []

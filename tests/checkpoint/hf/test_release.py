@@ -9,7 +9,8 @@ from math import prod
 import pytest
 import torch
 
-from abyssal.checkpoint.hf.names import is_quantised, released_tensors, stored_tensors
+from abyssal.checkpoint.hf.fp8_scales import is_quantised
+from abyssal.checkpoint.hf.released import released_tensors, stored_tensors
 from abyssal.config import ModelConfig, load_recipe
 from abyssal.plan import count_parameters
 

@@ -26,13 +26,13 @@ def content(value: float) -> dict[str, Any]:
 def test_state_holds_what_the_tensors_were_when_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, original = threading.Event(), module.write_pieces
+    go, original = threading.Event(), module.save_shards
 
     def held(*arguments: Any, **options: Any) -> Path:
         assert go.wait(60)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(module, "write_pieces", held)
+    monkeypatch.setattr(module, "save_shards", held)
     tensors, progress = content(1.0), {"step": 1}
     with StateWriter(tmp_path, keep=2) as writer:
         writer.save(1, tensors, progress)

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from abyssal.checkpoint.state import (
-    adamw_tensors,
     check_state,
     latest_state,
-    leaves,
     load_state,
+    named_tensors,
     read_progress,
     save_state,
     states,
 )
+from abyssal.checkpoint.state.dcp import ReproducibleWriter
 from abyssal.checkpoint.state.integrity import render
-from abyssal.checkpoint.state.save import ReproducibleWriter
 from abyssal.errors import CheckpointError
 from abyssal.files.checksums import sha256
+from abyssal.train.optimizer import adamw_tensors
 
 PROGRESS = {"step": 3, "sequences": 17, "tokens": 4099, "loss": 0.1 + 0.2}
 
@@ -49,7 +49,7 @@ def tensors(seed: int = 0) -> dict:
 
 
 def equal(first: dict, second: dict) -> bool:
-    pairs = zip(dict(leaves(first)).items(), dict(leaves(second)).items(), strict=True)
+    pairs = zip(dict(named_tensors(first)).items(), dict(named_tensors(second)).items(), strict=True)
     return all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 

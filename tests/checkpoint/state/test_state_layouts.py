@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from abyssal.checkpoint.state import adamw_tensors, check_state, leaves, load_state, save_state
+from abyssal.checkpoint.state import check_state, load_state, named_tensors, save_state
 from abyssal.config import load_recipe
 from abyssal.model import Transformer
+from abyssal.train.optimizer import adamw_tensors
 from ranks import run_ranks
 
 Layout = tuple[int, int, int]
@@ -73,7 +74,7 @@ class Run:
             tensor.copy_(drawn(name, tensor, seed))
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        return ((".".join(path), tensor) for path, tensor in leaves(self.tensors))
+        return ((".".join(path), tensor) for path, tensor in named_tensors(self.tensors))
 
     def wrong(self, seed: int) -> list[str]:
         """Return the names of the tensors that are not, to the bit, what a seed fills them with."""

@@ -136,7 +136,7 @@ def start_again(root: Path) -> int:
         (WRITE, 0, 1),
         ("checkpoint.state.save.sha256", 2, 1),
         ("files.atomic._put_in_place", 0, 1),
-        ("state.remove_state", 0, 2),  # the new state is in its place, the old one not removed
+        ("checkpoint.state.save.remove_state", 0, 2),  # the new state is in its place, the old one not removed
     ],
 )
 def test_killed_rank_leaves_the_old_state_or_the_new_one(tmp_path: Path, point: str, rank: int, newest: int) -> None:

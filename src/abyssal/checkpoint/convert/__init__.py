@@ -2,6 +2,6 @@
 
 from abyssal.checkpoint.convert.manifest import MANIFEST, verify_directory
 from abyssal.checkpoint.convert.plan import Conversion
-from abyssal.checkpoint.convert.run import Outcome, Progress, convert_directory
+from abyssal.checkpoint.convert.run import ConversionProgress, ConversionResult, convert_directory
 
-__all__ = ["MANIFEST", "Conversion", "Outcome", "Progress", "convert_directory", "verify_directory"]
+__all__ = ["MANIFEST", "Conversion", "ConversionProgress", "ConversionResult", "convert_directory", "verify_directory"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from abyssal.checkpoint.convert.manifest import FileRecord
-from abyssal.checkpoint.convert.places import Place, PlaceReader
-from abyssal.checkpoint.convert.plan import Shard, Target
+from abyssal.checkpoint.convert.plan import OutputFile, OutputTensor
 from abyssal.checkpoint.hf.file_plan import row_blocks
-from abyssal.checkpoint.hf.headers import DTYPES, FP8
+from abyssal.checkpoint.hf.headers import DTYPES, FP8, TensorInfo
 from abyssal.checkpoint.hf.mismatch import is_finite
+from abyssal.checkpoint.hf.row_reader import RowReader
 from abyssal.errors import ModelDirectoryError
 from abyssal.files.atomic import atomic_file
 from abyssal.files.checksums import HashingWriter
@@ -26,27 +26,27 @@ from abyssal.ops.block_fp8 import dequantise_blocks, quantise_blocks, requantise
 WRITE_BEHIND = 2**25
 
 #: Is told the bytes that were written since the last call.
-Tick = Callable[[int], None]
+OnWrite = Callable[[int], None]
 
 
-def write_shard(folder: Path, shard: Shard, tick: Tick) -> FileRecord:
+def write_output_file(folder: Path, planned: OutputFile, on_write: OnWrite) -> FileRecord:
     """Write one file, flush it to the disk and give it its name; return its length and checksum.
 
     Raises:
         ModelDirectoryError: the disk refused, or a tensor is not finite.
     """
-    path = folder / shard.name
+    path = folder / planned.name
     with (
         os_faults(ModelDirectoryError, path, "write the weights"),
         atomic_file(path) as staging,
         FileIO(staging, "w") as file,
-        PlaceReader() as reader,
+        RowReader() as reader,
     ):
-        output = _Output(file, tick)
-        output.write(shard.header())
-        tensors = _Tensors(reader, shard.power_of_two)
-        for target in shard.tensors:
-            for rows in tensors.rows(target):
+        output = _Output(file, on_write)
+        output.write(planned.header())
+        converter = _Converter(reader, planned.power_of_two)
+        for target in planned.tensors:
+            for rows in converter.rows(target):
                 output.write(rows.reshape(-1).view(torch.uint8).numpy().data)
     return FileRecord(bytes=output.nbytes, sha256=output.sha256)
 
@@ -54,29 +54,29 @@ def write_shard(folder: Path, shard: Shard, tick: Tick) -> FileRecord:
 class _Output(HashingWriter):
     """A file that goes to the disk as it is written."""
 
-    def __init__(self, file: FileIO, tick: Tick) -> None:
+    def __init__(self, file: FileIO, on_write: OnWrite) -> None:
         super().__init__(file)
-        self._descriptor, self._tick, self._asked = file.fileno(), tick, 0
+        self._descriptor, self._on_write, self._flushed = file.fileno(), on_write, 0
 
     def write(self, data: bytes | memoryview) -> int:
-        self._tick(len(data))
+        self._on_write(len(data))
         written = super().write(data)
-        if self.nbytes - self._asked >= WRITE_BEHIND and hasattr(os, "posix_fadvise"):
+        if self.nbytes - self._flushed >= WRITE_BEHIND and hasattr(os, "posix_fadvise"):
             # what is not needed again goes to the disk now; what has arrived there since leaves the system's cache
-            begin = max(0, self._asked - 4 * WRITE_BEHIND)
+            begin = max(0, self._flushed - 4 * WRITE_BEHIND)
             os.posix_fadvise(self._descriptor, begin, self.nbytes - begin, os.POSIX_FADV_DONTNEED)
-            self._asked = self.nbytes
+            self._flushed = self.nbytes
         return written
 
 
-class _Tensors:
+class _Converter:
     """The tensors of one file of the output, in rows; keeps the scales that it made until they are written."""
 
-    def __init__(self, reader: PlaceReader, power_of_two: bool) -> None:
+    def __init__(self, reader: RowReader, power_of_two: bool) -> None:
         self._reader, self._power_of_two = reader, power_of_two
-        self._scales: dict[Place, Tensor] = {}  # fp32, by the place of their weight
+        self._scales: dict[TensorInfo, Tensor] = {}  # fp32, by their weight
 
-    def rows(self, target: Target) -> Iterator[Tensor]:
+    def rows(self, target: OutputTensor) -> Iterator[Tensor]:
         """Yield the tensor in its new format, some rows at a time."""
         if target.is_scale:
             yield self._scale(target)
@@ -90,13 +90,13 @@ class _Tensors:
                 rows = self._reader.rows(target.weight, start, stop).to(DTYPES[target.dtype])
                 yield _finite(target, rows)
 
-    def _dequantised(self, target: Target) -> Iterator[Tensor]:
+    def _dequantised(self, target: OutputTensor) -> Iterator[Tensor]:
         scale = self._scale(target)
         for start, stop in row_blocks(*target.weight.matrix):
             rows = self._reader.rows(target.weight, start, stop)
             yield _finite(target, dequantise_blocks(rows, scale[scale_rows(start, stop)], DTYPES[target.dtype]))
 
-    def _quantised(self, target: Target) -> Iterator[Tensor]:
+    def _quantised(self, target: OutputTensor) -> Iterator[Tensor]:
         known = target.scale is not None or target.weight in self._scales
         scale = self._scale(target) if known else torch.empty(scale_shape(target.shape))
         for start, stop in row_blocks(*target.weight.matrix):
@@ -109,7 +109,7 @@ class _Tensors:
             yield _finite(target, values, "is not finite, or too large for the given scales" if known else NOT_FINITE)
         self._scales[target.weight] = scale
 
-    def _scale(self, target: Target) -> Tensor:
+    def _scale(self, target: OutputTensor) -> Tensor:
         """Return the scales of a weight: as they stand in a file, as made before, or made now."""
         if target.scale is not None:
             return self._reader.whole(target.scale)
@@ -125,7 +125,7 @@ class _Tensors:
 NOT_FINITE = "holds NaN or infinity"
 
 
-def _finite(target: Target, values: Tensor, fault: str = NOT_FINITE) -> Tensor:
+def _finite(target: OutputTensor, values: Tensor, fault: str = NOT_FINITE) -> Tensor:
     """Return the values, of which none is NaN or infinite.
 
     Raises:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from abyssal.checkpoint.convert.places import Place
 from abyssal.checkpoint.hf.file_plan import PlannedFile, fill_files, stored_bytes
-from abyssal.checkpoint.hf.headers import DTYPES, FP8
-from abyssal.checkpoint.hf.names import BIAS, SCALE_SUFFIX, is_quantised
+from abyssal.checkpoint.hf.fp8_scales import SCALE_SUFFIX, is_quantised
+from abyssal.checkpoint.hf.headers import DTYPES, FP8, TensorInfo
+from abyssal.checkpoint.hf.names import BIAS
 from abyssal.ops.block_fp8 import scale_shape
 
 Format = Literal["bf16", "fp8", "fp32"]
@@ -34,75 +34,78 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class OutputTensor:
     """A tensor of the output: a weight, or (`is_scale`) the scales of one.
 
     `weight` is where the weight stands in the input, `scale` the scales to use with it: those of an FP8 weight, or
-    those that are given for a weight that becomes FP8.
+    those that are kept for a weight that becomes FP8.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    weight: Place
-    scale: Place | None
+    weight: TensorInfo
+    scale: TensorInfo | None
     is_scale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Shard(PlannedFile[Target]):
+class OutputFile(PlannedFile[OutputTensor]):
     """One file of the output."""
 
     power_of_two: bool
 
 
-def plan_shards(
-    names: Iterable[str], places: Mapping[str, Place], given: Mapping[str, Place], conversion: Conversion
-) -> list[Shard]:
+def plan_files(
+    names: Iterable[str],
+    tensors: Mapping[str, TensorInfo],
+    kept_scales: Mapping[str, TensorInfo],
+    conversion: Conversion,
+) -> list[OutputFile]:
     """Return the files to write.
 
     Args:
         names: the weights to write, in order, without scales.
-        places: where weights and scales stand in the input.
-        given: where scales stand that are to be used again, by the names of the scales; they may be none.
+        tensors: the weights and scales of the input.
+        kept_scales: scales that are to be used again, by their names; they may be none.
         conversion: what was asked for.
     """
-    units = (_targets(name, places, given, conversion) for name in names)
+    units = (_output_tensors(name, tensors, kept_scales, conversion) for name in names)
     return [
-        Shard(file, tuple(sorted(targets, key=_order)), conversion.power_of_two)
+        OutputFile(file, tuple(sorted(targets, key=_order)), conversion.power_of_two)
         for file, targets in fill_files(units, conversion.max_shard_bytes)
     ]
 
 
-def digest(shards: Iterable[Shard]) -> str:
+def plan_digest(files: Iterable[OutputFile]) -> str:
     """Return what changes when something else is to be written, or the same from other places."""
     whole = hashlib.sha256()
-    for shard in shards:
-        whole.update(shard.header())
-        for target in shard.tensors:
-            whole.update(f"{target.weight}{target.scale}{target.is_scale}{shard.power_of_two}\n".encode())
+    for file in files:
+        whole.update(file.header())
+        for target in file.tensors:
+            whole.update(f"{target.weight}{target.scale}{target.is_scale}{file.power_of_two}\n".encode())
     return whole.hexdigest()
 
 
-def _targets(
-    name: str, places: Mapping[str, Place], given: Mapping[str, Place], conversion: Conversion
-) -> list[Target]:
+def _output_tensors(
+    name: str, tensors: Mapping[str, TensorInfo], kept_scales: Mapping[str, TensorInfo], conversion: Conversion
+) -> list[OutputTensor]:
     """Return what the weight `name` becomes: itself, in FP8 with its scales behind it."""
-    weight, scale = places[name], places.get(name + SCALE_SUFFIX)
+    weight, scale = tensors[name], tensors.get(name + SCALE_SUFFIX)
     if name.endswith(FLOAT32):
-        return [Target(name, "F32", weight.shape, weight, scale)]
+        return [OutputTensor(name, "F32", weight.shape, weight, scale)]
     if conversion.to != "fp8" or not is_quantised(name):
-        return [Target(name, PLAIN[conversion.to], weight.shape, weight, scale)]
+        return [OutputTensor(name, PLAIN[conversion.to], weight.shape, weight, scale)]
     if weight.dtype != FP8:
-        scale = given.get(name + SCALE_SUFFIX)
+        scale = kept_scales.get(name + SCALE_SUFFIX)
     shape = scale_shape(weight.shape)
     return [
-        Target(name, FP8, weight.shape, weight, scale),
-        Target(name + SCALE_SUFFIX, "F32", shape, weight, scale, is_scale=True),
+        OutputTensor(name, FP8, weight.shape, weight, scale),
+        OutputTensor(name + SCALE_SUFFIX, "F32", shape, weight, scale, is_scale=True),
     ]
 
 
-def _order(target: Target) -> tuple[int, int]:
+def _order(target: OutputTensor) -> tuple[int, int]:
     """Return the sorting key within a file: what keeps 4-byte values aligned, weights before their scales.
 
     First everything of a multiple of 4 bytes but scales, as planned; then scales, so that quantising a weight of the

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from abyssal.checkpoint.convert.manifest import MANIFEST, FileRecord, Manifest
-from abyssal.checkpoint.convert.places import Place
-from abyssal.checkpoint.convert.plan import Conversion, Shard, digest, plan_shards
-from abyssal.checkpoint.convert.side_files import converted_config, copy_side_files, side_files
-from abyssal.checkpoint.convert.source import Source, read_source
-from abyssal.checkpoint.convert.workers import write_shards
+from abyssal.checkpoint.convert.manifest import MANIFEST, ConversionManifest, FileRecord
+from abyssal.checkpoint.convert.plan import Conversion, OutputFile, plan_digest, plan_files
+from abyssal.checkpoint.convert.side_files import converted_config, copy_side_files, files_to_copy
+from abyssal.checkpoint.convert.source import SourceModel, read_source
+from abyssal.checkpoint.convert.workers import write_output_files
 from abyssal.checkpoint.hf.file_plan import write_index, write_json
-from abyssal.checkpoint.hf.model_directory import CONFIG
-from abyssal.checkpoint.hf.names import SCALE_SUFFIX
+from abyssal.checkpoint.hf.files import CONFIG
+from abyssal.checkpoint.hf.fp8_scales import SCALE_SUFFIX
+from abyssal.checkpoint.hf.headers import TensorInfo
 from abyssal.config.frozen import Frozen
 from abyssal.config.quantization import BlockFP8
 from abyssal.errors import ModelDirectoryError
@@ -39,7 +39,7 @@ MARGIN_BYTES = 2**25
 
 
 @dataclass(frozen=True)
-class Progress:
+class ConversionProgress:
     """How far a conversion is; `kept_bytes` are those that an earlier call had finished."""
 
     written_bytes: int
@@ -50,7 +50,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ConversionResult:
     """What was written, and the names of what was left out of the input."""
 
     files: int
@@ -59,14 +59,14 @@ class Outcome:
     left_out: tuple[str, ...]
 
 
-class Finished(Frozen):
+class FinishedFiles(Frozen):
     """Which files of a conversion are whole; `identity` changes with what is to be written."""
 
     identity: str
     files: dict[str, FileRecord]
 
 
-Watch = Callable[[Progress], None]
+OnProgress = Callable[[ConversionProgress], None]
 
 
 def convert_directory(
@@ -76,8 +76,8 @@ def convert_directory(
     *,
     workers: int = 1,
     scales_from: Path | None = None,
-    watch: Watch = lambda progress: None,
-) -> Outcome:
+    on_progress: OnProgress = lambda progress: None,
+) -> ConversionResult:
     """Write the model of `source` to `target` in another number format; `target` appears whole or not at all.
 
     FP8 to bf16 or fp32 is fp8 * scale in fp32, rounded once; to FP8, scale = amax / 448 of each block of 128 x 128.
@@ -89,7 +89,7 @@ def convert_directory(
         conversion: the format, and what goes with it.
         workers: processes that write files; one writes in this process.
         scales_from: an FP8 directory of the same model, whose scales are used again.
-        watch: is told the progress now and then.
+        on_progress: called with the progress now and then.
 
     Raises:
         ModelDirectoryError: the input is damaged or not one that is read, `target` stands in the way, or the disk
@@ -100,30 +100,30 @@ def convert_directory(
     model = read_source(source)
     model = model if conversion.mtp else model.without_mtp()
     reference = read_source(scales_from.resolve()) if scales_from is not None else None
-    given, scheme = _given_scales(model, reference), (reference or model).scheme
+    kept_scales, scheme = _scales_to_keep(model, reference), (reference or model).scheme
     conversion = _scale_format(model, conversion, scheme)
-    shards = plan_shards(model.weights, model.places, given, conversion)
-    copied, left = side_files(source)
-    identity = _identity(model, reference, conversion, shards, copied)
+    files = plan_files(model.weights, model.tensors, kept_scales, conversion)
+    copied, left = files_to_copy(source)
+    identity = _identity(model, reference, conversion, files, copied)
     with _workspace(target) as folder:
         finished = _resume(folder, identity)
-        kept = sum(finished.files[shard.name].bytes for shard in shards if shard.name in finished.files)
-        total = sum(shard.nbytes for shard in shards)
+        kept = sum(finished.files[file.name].bytes for file in files if file.name in finished.files)
+        total = sum(file.nbytes for file in files)
         needed = total - kept + sum(path.stat().st_size for path in copied) + MARGIN_BYTES
         check_free_space(target, needed, ModelDirectoryError)
-        with closing(_write(folder, shards, finished, workers, watch)) as written:
-            for shard, record in written:
-                finished = Finished(identity=identity, files=finished.files | {shard.name: record})
+        with closing(_write(folder, files, finished, workers, on_progress)) as written:
+            for file, record in written:
+                finished = FinishedFiles(identity=identity, files=finished.files | {file.name: record})
                 write_text(folder / "finished.json", finished.model_dump_json(indent=1))
         copy_side_files(copied, folder / "model")
         write_json(folder / "model" / CONFIG, converted_config(model.fields, model.config, conversion, scheme))
-        write_index(folder / "model", shards)
-        _write_manifest(folder / "model", conversion, shards, finished)
+        write_index(folder / "model", files)
+        _write_manifest(folder / "model", conversion, finished)
         flush_tree(folder / "model")
         (folder / "model").rename(target)
         flush(target.parent)
         shutil.rmtree(folder)
-    return Outcome(len(shards), total, kept, tuple(left))
+    return ConversionResult(len(files), total, kept, tuple(left))
 
 
 def unfinished_folder(target: Path) -> Path:
@@ -144,7 +144,7 @@ def _check_target(source: Path, target: Path) -> None:
         )
 
 
-def _given_scales(model: Source, reference: Source | None) -> dict[str, Place]:
+def _scales_to_keep(model: SourceModel, reference: SourceModel | None) -> dict[str, TensorInfo]:
     """Return the scales of the reference, each for a weight of the same shape.
 
     Raises:
@@ -152,17 +152,17 @@ def _given_scales(model: Source, reference: Source | None) -> dict[str, Place]:
     """
     if reference is None:
         return {}
-    found = {name: place for name, place in reference.places.items() if name.endswith(SCALE_SUFFIX)}
+    found = {name: tensor for name, tensor in reference.tensors.items() if name.endswith(SCALE_SUFFIX)}
     if not found:
         raise ModelDirectoryError(f"{reference.path}: has no FP8 weights, so there are no scales to use again")
     for name in found:
         weight = name.removesuffix(SCALE_SUFFIX)
-        if weight in model.places and model.places[weight].shape != reference.places[weight].shape:
+        if weight in model.tensors and model.tensors[weight].shape != reference.tensors[weight].shape:
             raise ModelDirectoryError(f"{reference.path}: {weight} has another shape than in {model.path}")
     return found
 
 
-def _scale_format(model: Source, conversion: Conversion, scheme: BlockFP8 | None) -> Conversion:
+def _scale_format(model: SourceModel, conversion: Conversion, scheme: BlockFP8 | None) -> Conversion:
     """Return the conversion with power-of-two scales where those that are kept are such.
 
     Raises:
@@ -178,13 +178,17 @@ def _scale_format(model: Source, conversion: Conversion, scheme: BlockFP8 | None
 
 
 def _identity(
-    model: Source, reference: Source | None, conversion: Conversion, shards: list[Shard], copied: list[Path]
+    model: SourceModel,
+    reference: SourceModel | None,
+    conversion: Conversion,
+    files: list[OutputFile],
+    copied: list[Path],
 ) -> str:
     """Return what changes when another output is to be written, or an input file was changed since."""
-    places = [*model.places.values(), *(reference.places.values() if reference else ())]
-    files = sorted({place.file for place in places} | {model.path / CONFIG, *copied})
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(f"{conversion}{digest(shards)}{stats}".encode()).hexdigest()
+    tensors = [*model.tensors.values(), *(reference.tensors.values() if reference else ())]
+    inputs = sorted({tensor.file for tensor in tensors} | {model.path / CONFIG, *copied})
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    return hashlib.sha256(f"{conversion}{plan_digest(files)}{stats}".encode()).hexdigest()
 
 
 @contextmanager
@@ -211,16 +215,16 @@ def _workspace(target: Path) -> Iterator[Path]:
             raise ModelDirectoryError(f"{target}: another process is converting to it; wait for its end") from None
 
 
-def _resume(folder: Path, identity: str) -> Finished:
+def _resume(folder: Path, identity: str) -> FinishedFiles:
     """Return which files are finished, and remove what a killed process left half-written.
 
     Raises:
         ModelDirectoryError: the folder holds another conversion.
     """
     try:
-        finished = Finished.model_validate_json((folder / "finished.json").read_bytes())
+        finished = FinishedFiles.model_validate_json((folder / "finished.json").read_bytes())
     except (FileNotFoundError, ValidationError):
-        finished = Finished(identity=identity, files={})
+        finished = FinishedFiles(identity=identity, files={})
     if finished.identity != identity:
         raise ModelDirectoryError(
             f"{folder}: holds an unfinished conversion with other options, or of files that were changed since; "
@@ -234,33 +238,33 @@ def _resume(folder: Path, identity: str) -> Finished:
     for file in (folder / "model").iterdir():
         if file.name not in whole:
             file.unlink()
-    return Finished(identity=identity, files=whole)
+    return FinishedFiles(identity=identity, files=whole)
 
 
 def _write(
-    folder: Path, shards: list[Shard], finished: Finished, workers: int, watch: Watch
-) -> Generator[tuple[Shard, FileRecord]]:
+    folder: Path, files: list[OutputFile], finished: FinishedFiles, workers: int, on_progress: OnProgress
+) -> Generator[tuple[OutputFile, FileRecord]]:
     """Write the files that are not finished, and yield each when it is."""
-    todo = [shard for shard in shards if shard.name not in finished.files]
+    todo = [file for file in files if file.name not in finished.files]
     kept = sum(record.bytes for record in finished.files.values())
-    total, files = sum(shard.nbytes for shard in shards), len(finished.files)
+    total, num_finished = sum(file.nbytes for file in files), len(finished.files)
 
-    def tell(written: int) -> None:
-        watch(Progress(kept + written, total, kept, files, len(shards)))
+    def report(written: int) -> None:
+        on_progress(ConversionProgress(kept + written, total, kept, num_finished, len(files)))
 
-    tell(0)
-    with closing(write_shards(folder / "model", todo, workers, tell)) as written:
-        for shard, record in written:
-            files += 1
-            yield shard, record
-    tell(total - kept)
+    report(0)
+    with closing(write_output_files(folder / "model", todo, workers, report)) as written:
+        for file, record in written:
+            num_finished += 1
+            yield file, record
+    report(total - kept)
 
 
-def _write_manifest(folder: Path, conversion: Conversion, shards: list[Shard], finished: Finished) -> None:
+def _write_manifest(folder: Path, conversion: Conversion, finished: FinishedFiles) -> None:
     """Write the lengths and checksums of every file, weights from when they were written."""
-    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
+    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     records = {
-        file.name: finished.files.get(file.name) or FileRecord(bytes=file.stat().st_size, sha256=sha256(file))
-        for file in files
+        path.name: finished.files.get(path.name) or FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
+        for path in paths
     }
-    write_json(folder / MANIFEST, Manifest(format=conversion.to, files=records).model_dump())
+    write_json(folder / MANIFEST, ConversionManifest(format=conversion.to, files=records).model_dump())

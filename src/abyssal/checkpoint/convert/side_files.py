@@ -9,14 +9,14 @@ from typing import Any
 
 from abyssal.checkpoint.convert.manifest import MANIFEST
 from abyssal.checkpoint.convert.plan import Conversion
-from abyssal.checkpoint.hf.model_directory import CONFIG
+from abyssal.checkpoint.hf.files import CONFIG
 from abyssal.config import ModelConfig
 from abyssal.config.quantization import BlockFP8
 
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
-def side_files(source: Path) -> tuple[list[Path], list[str]]:
+def files_to_copy(source: Path) -> tuple[list[Path], list[str]]:
     """Return the files of a model directory to copy, and the names of what is left out.
 
     Copied are tokenizer, generation_config.json, chat template, model card, licence and code: every file that is

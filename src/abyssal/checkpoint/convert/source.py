@@ -8,28 +8,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from abyssal.checkpoint.convert.places import Place, PlaceReader, find_places
-from abyssal.checkpoint.hf.headers import READABLE
+from abyssal.checkpoint.hf.files import CONFIG
+from abyssal.checkpoint.hf.fp8_scales import SCALE_SUFFIX
+from abyssal.checkpoint.hf.headers import READABLE, TensorInfo
 from abyssal.checkpoint.hf.mismatch import is_finite
-from abyssal.checkpoint.hf.model_directory import CONFIG, read_model_directory
-from abyssal.checkpoint.hf.names import SCALE_SUFFIX, layer_of, released_tensors
+from abyssal.checkpoint.hf.names import layer_of
+from abyssal.checkpoint.hf.read import read_model_directory
+from abyssal.checkpoint.hf.released import released_tensors
+from abyssal.checkpoint.hf.row_reader import RowReader
 from abyssal.config import ModelConfig
 from abyssal.config.quantization import BlockFP8
-from abyssal.errors import ModelDirectoryError
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceModel:
     """A model directory to convert.
 
-    `config` has as many MTP modules as the files hold; `fields` are those of config.json as they stand there; `places`
-    are of weights and scales; `weights` the names of the weights in the order of the layout, scales left out.
+    `config` has as many MTP modules as the files hold; `fields` are those of config.json as they stand there; `tensors`
+    are weights and scales; `weights` the names of the weights in the order of the release, scales left out.
     """
 
     path: Path
     config: ModelConfig
     fields: Mapping[str, Any]
-    places: Mapping[str, Place]
+    tensors: Mapping[str, TensorInfo]
     weights: tuple[str, ...]
 
     @property
@@ -37,14 +39,14 @@ class Source:
         """How weights are quantised, none where config.json says nothing of it."""
         return BlockFP8.from_hf(dict(self.fields), str(self.path / CONFIG))
 
-    def without_mtp(self) -> Source:
+    def without_mtp(self) -> SourceModel:
         """Return the same without its MTP layers."""
         layers = self.config.num_hidden_layers
         main = tuple(name for name in self.weights if (layer := layer_of(name)) is None or layer < layers)
         return replace(self, config=self.config.model_copy(update={"num_nextn_predict_layers": 0}), weights=main)
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path) -> SourceModel:
     """Read config.json and the headers of a model directory, and all scales; no weights.
 
     Raises:
@@ -53,25 +55,23 @@ def read_source(path: Path) -> Source:
     """
     config, model = read_model_directory(path, needs_tokenizer=False)
     fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    headers, fit = model.headers, model.fit(allow_missing_mtp=True)
-    compared = {*fit.parts, *fit.misshaped, *fit.mistyped, *fit.surplus}
+    headers, mismatch = model.headers, model.compare(allow_missing_mtp=True)
+    compared = {*mismatch.stored, *mismatch.misshaped, *mismatch.mistyped, *mismatch.surplus}
     for name in headers.keys() - compared:  # copies and the like, never FP8
         if headers[name].dtype not in READABLE[:-1]:
-            fit.mistyped[name] = f"{headers[name].dtype}; possible: {', '.join(READABLE[:-1])}"
-    places = find_places(headers)
-    with PlaceReader() as reader:
-        scales = (name for name in fit.parts if name.endswith(SCALE_SUFFIX))
-        fit.not_finite = [name for name in scales if not is_finite(reader.whole(places[name]))]
-    if not fit.whole:
-        raise ModelDirectoryError(f"{path}: the weights do not fit the model; {fit.report()}")
-    modules = sum(name.endswith(".enorm.weight") for name in fit.held)
+            mismatch.mistyped[name] = f"{headers[name].dtype}; possible: {', '.join(READABLE[:-1])}"
+    with RowReader() as reader:
+        scales = (name for name in mismatch.stored if name.endswith(SCALE_SUFFIX))
+        mismatch.not_finite = [name for name in scales if not is_finite(reader.whole(headers[name]))]
+    mismatch.refuse(path)
+    modules = sum(name.endswith(".enorm.weight") for name in mismatch.held)
     config = config.model_copy(update={"num_nextn_predict_layers": modules})
-    return Source(path, config, fields, places, tuple(_in_order(places, config)))
+    return SourceModel(path, config, fields, headers, tuple(_in_order(headers, config)))
 
 
-def _in_order(places: Mapping[str, Place], config: ModelConfig) -> Iterator[str]:
+def _in_order(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Iterator[str]:
     """Yield the weights of the files, those of the model in its order and then what the files hold beside them."""
-    known = [spec.name for spec in released_tensors(config) if spec.name in places]
+    known = [spec.name for spec in released_tensors(config) if spec.name in tensors]
     yield from known
-    beside = places.keys() - set(known)
+    beside = tensors.keys() - set(known)
     yield from sorted(name for name in beside if not name.endswith(SCALE_SUFFIX))

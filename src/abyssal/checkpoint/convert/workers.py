@@ -18,39 +18,39 @@ from pathlib import Path
 import torch
 
 from abyssal.checkpoint.convert.manifest import FileRecord
-from abyssal.checkpoint.convert.output_file import write_shard
-from abyssal.checkpoint.convert.plan import Shard
+from abyssal.checkpoint.convert.output_file import write_output_file
+from abyssal.checkpoint.convert.plan import OutputFile
 from abyssal.errors import ModelDirectoryError
 
 #: How often the bytes written are told while no file ends.
 INTERVAL_S = 0.2
 
 
-def write_shards(
-    folder: Path, shards: Sequence[Shard], workers: int, watch: Callable[[int], None]
-) -> Generator[tuple[Shard, FileRecord]]:
+def write_output_files(
+    folder: Path, files: Sequence[OutputFile], workers: int, on_progress: Callable[[int], None]
+) -> Generator[tuple[OutputFile, FileRecord]]:
     """Write the files with `workers` processes and yield each when it is whole, in any order.
 
-    Leaving the iterator ends the processes; what they had not finished is removed. `watch` is told now and then how
-    many bytes were written in all.
+    Leaving the iterator ends the processes; what they had not finished is removed. `on_progress` is called now and then
+    with the bytes written in all.
 
     Raises:
         ModelDirectoryError: the disk refused, a tensor is not finite, or a process was killed.
     """
-    if workers == 1 or len(shards) <= 1:
-        yield from _write_here(folder, shards, watch)
+    if workers == 1 or len(files) <= 1:
+        yield from _write_here(folder, files, on_progress)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in mid-air
     written, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(
-        min(workers, len(shards)), mp_context=context, initializer=_start, initargs=(_Shared(written, stop),)
+        min(workers, len(files)), mp_context=context, initializer=_start, initargs=(_Shared(written, stop),)
     )
     try:
-        tasks = {pool.submit(_write, folder, shard): shard for shard in shards}
+        tasks = {pool.submit(_write, folder, file): file for file in files}
         waiting = set(tasks)
         while waiting:
             done, waiting = wait(waiting, INTERVAL_S, FIRST_COMPLETED)
-            watch(written.value)
+            on_progress(written.value)
             for task in done:
                 yield tasks[task], task.result()
     except BrokenProcessPool:
@@ -63,17 +63,17 @@ def write_shards(
 
 
 def _write_here(
-    folder: Path, shards: Sequence[Shard], watch: Callable[[int], None]
-) -> Generator[tuple[Shard, FileRecord]]:
+    folder: Path, files: Sequence[OutputFile], on_progress: Callable[[int], None]
+) -> Generator[tuple[OutputFile, FileRecord]]:
     written = 0
 
-    def tick(count: int) -> None:
+    def count(new_bytes: int) -> None:
         nonlocal written
-        written += count
-        watch(written)
+        written += new_bytes
+        on_progress(written)
 
-    for shard in shards:
-        yield shard, write_shard(folder, shard, tick)
+    for file in files:
+        yield file, write_output_file(folder, file, count)
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class _Shared:
     written: Synchronized[int]
     stop: Event
 
-    def tick(self, count: int) -> None:
+    def count(self, new_bytes: int) -> None:
         """Count bytes; end the work where it is not wanted any more."""
         with self.written.get_lock():
-            self.written.value += count
+            self.written.value += new_bytes
         if self.stop.is_set():
             raise ModelDirectoryError("stopped")  # nobody waits for this result
 
@@ -110,5 +110,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write(folder: Path, shard: Shard) -> FileRecord:
-    return write_shard(folder, shard, _shared[0].tick)
+def _write(folder: Path, file: OutputFile) -> FileRecord:
+    return write_output_file(folder, file, _shared[0].count)

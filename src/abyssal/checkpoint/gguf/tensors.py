@@ -15,7 +15,8 @@ from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationT
 from gguf.quants import quantize
 from torch.nn import functional
 
-from abyssal.checkpoint.hf.names import BIAS, DOWN, EMBEDDING, GATE_UP, HEAD, TensorSpec, layer_of, memory_tensors
+from abyssal.checkpoint.hf.expert_stacks import DOWN, GATE_UP
+from abyssal.checkpoint.hf.names import BIAS, EMBEDDING, HEAD, TensorSpec, layer_of, memory_tensors
 from abyssal.config import ModelConfig
 
 #: What each of our tensors is called in GGUF, without `model.layers.N.` and `.weight`.

@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFile
 from abyssal.checkpoint.gguf.config import ARCHITECTURE, add_config, remarks, unsayable
 from abyssal.checkpoint.gguf.tensors import BF16, F32, MOST, Q8_0, GgufTensor, encode, gguf_tensors
 from abyssal.checkpoint.gguf.tokenizer import add_tokenizer
-from abyssal.checkpoint.hf.model_directory import ModelReader, read_model_directory
+from abyssal.checkpoint.hf.read import ModelReader, read_model_directory
 from abyssal.config import ModelConfig
 from abyssal.errors import ModelDirectoryError, UsageError, nearest
 from abyssal.files.atomic import atomic_file

@@ -13,14 +13,15 @@ from math import prod
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from abyssal.checkpoint.hf.headers import DTYPES, INDEX, SINGLE
+from abyssal.checkpoint.hf.files import INDEX, SINGLE
+from abyssal.checkpoint.hf.headers import DTYPES
 from abyssal.ops.block_fp8 import BLOCK
 
 #: Values that are converted at once: few enough that they stay in the processor's cache, many enough for long writes.
-VALUES = 2**21
+BLOCK_VALUES = 2**21
 
 
-class Stored(Protocol):
+class PlannedTensor(Protocol):
     """A tensor to be written; `dtype` in safetensors' letters (`BF16`)."""
 
     @property
@@ -36,10 +37,10 @@ class Stored(Protocol):
         """The type of its values."""
 
 
-T = TypeVar("T", bound=Stored)
+T = TypeVar("T", bound=PlannedTensor)
 
 
-def stored_bytes(tensor: Stored) -> int:
+def stored_bytes(tensor: PlannedTensor) -> int:
     """Return the bytes of a tensor's values."""
     return prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
@@ -57,7 +58,7 @@ class PlannedFile(Generic[T]):
         Byte for byte what safetensors' own writer makes of tensors in that order; the JSON is padded to 8 bytes.
         """
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        for tensor, begin, end in self._spans():
+        for tensor, begin, end in self._placed():
             entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -66,7 +67,7 @@ class PlannedFile(Generic[T]):
     def offsets(self) -> dict[str, int]:
         """Return at which byte of the file the values of each tensor begin."""
         first = len(self.header())
-        return {tensor.name: first + begin for tensor, begin, _ in self._spans()}
+        return {tensor.name: first + begin for tensor, begin, _ in self._placed()}
 
     @property
     def tensor_bytes(self) -> int:
@@ -78,7 +79,7 @@ class PlannedFile(Generic[T]):
         """The length of the file."""
         return len(self.header()) + self.tensor_bytes
 
-    def _spans(self) -> Iterator[tuple[T, int, int]]:
+    def _placed(self) -> Iterator[tuple[T, int, int]]:
         """Yield each tensor with where its values begin and end, counted from the first value of the file."""
         begin = 0
         for tensor in self.tensors:
@@ -93,14 +94,14 @@ def fill_files(units: Iterable[Sequence[T]], max_bytes: int) -> list[tuple[str, 
     A unit stays together, and the units stay in order; a single larger one gets a file of its own.
     """
     groups: list[list[T]] = [[]]
-    held = 0
+    filled = 0
     for unit in units:
         size = sum(map(stored_bytes, unit))
-        if groups[-1] and held + size > max_bytes:
+        if groups[-1] and filled + size > max_bytes:
             groups.append([])
-            held = 0
+            filled = 0
         groups[-1] += unit
-        held += size
+        filled += size
     count = len(groups)
     names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     return list(zip(names, groups, strict=True))
@@ -128,7 +129,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the rows to convert at a time: multiples of 128, about `VALUES` values."""
-    step = max(BLOCK, VALUES // max(columns, 1) // BLOCK * BLOCK)
+    """Yield (start, stop) of the rows to convert at a time: multiples of 128, about `BLOCK_VALUES` values."""
+    step = max(BLOCK, BLOCK_VALUES // max(columns, 1) // BLOCK * BLOCK)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

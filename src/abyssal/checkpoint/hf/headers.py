@@ -1,21 +1,21 @@
-"""The safetensors files of a model directory: what their headers say, and single tensors out of them."""
+"""The headers of a model directory's safetensors files: each tensor's type, shape and place; no values."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from abyssal.checkpoint.hf.files import INDEX, PICKLES, SINGLE
 from abyssal.errors import ModelDirectoryError
 from abyssal.files.faults import os_faults
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Types in safetensors' letters.
 DTYPES = {
     "F64": torch.float64,
@@ -29,19 +29,24 @@ DTYPES = {
 READABLE = ("F64", "F32", "BF16", "F16", "F8_E4M3")
 FP8 = "F8_E4M3"
 SCALES = ("F32", "BF16", "F8_E8M0")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """What a file's header says of one tensor; `dtype` in safetensors' letters (`BF16`)."""
+class TensorInfo:
+    """What a file's header says of one tensor: its values begin at byte `offset` of the file, row after row."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # in safetensors' letters (`BF16`)
+    offset: int
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns; what is no matrix counts as one column."""
+        return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (prod(self.shape), 1)
 
 
-def read_headers(folder: Path) -> dict[str, Header]:
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of all files of a model directory, in the order of the files; no tensor is read.
 
     Raises:
@@ -50,7 +55,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     """
     with os_faults(ModelDirectoryError, folder, "read the model directory"):
         files, placed = _files(folder)
-        headers: dict[str, Header] = {}
+        headers: dict[str, TensorInfo] = {}
         for file in files:
             for name, header in _file_headers(file).items():
                 if placed is None or placed.get(name, file.name) == file.name:
@@ -64,39 +69,9 @@ def read_headers(folder: Path) -> dict[str, Header]:
     return headers
 
 
-class TensorFiles:
-    """Reads single tensors, each file opened (mapped into memory) once and when it is first needed."""
-
-    def __init__(self, headers: Mapping[str, Header]) -> None:
-        """Take what `read_headers` found; no file is opened yet."""
-        self._headers = headers
-        self._open: dict[Path, Any] = {}
-
-    def get(self, name: str) -> torch.Tensor:
-        """Return a tensor as it is in its file; it may share the file's memory, so it must not be written to."""
-        file = self._headers[name].file
-        with os_faults(ModelDirectoryError, file, "read the weights"):
-            if file not in self._open:
-                self._open[file] = _opened(file)
-            tensor: torch.Tensor = self._open[file].get_tensor(name)
-        return tensor
-
-
 def printable(name: str) -> str:
     """Return a name out of a file so that it can be printed: escaped where a damaged file made it unprintable."""
     return name if name.isprintable() else ascii(name)
-
-
-def value_offsets(stream: BinaryIO) -> dict[str, int]:
-    """Return where in a safetensors file, open at its beginning, the values of each tensor begin.
-
-    The header was looked at before.
-    """
-    (length,) = struct.unpack("<Q", stream.read(8))
-    entries = json.loads(stream.read(length))
-    return {
-        name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items() if name != "__metadata__"
-    }
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -129,16 +104,19 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     return [folder / name for name in names], placed
 
 
-def _file_headers(file: Path) -> dict[str, Header]:
-    opened = _opened(file)
-    headers = {}
-    for name in opened.keys():  # noqa: SIM118 - not a mapping
-        part = opened.get_slice(name)
-        headers[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
-    return headers
+def _file_headers(file: Path) -> dict[str, TensorInfo]:
+    opened = open_safetensors(file)
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        entries = json.loads(stream.read(length))
+    return {
+        name: TensorInfo(file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        for name in opened.keys()  # noqa: SIM118 - not a mapping
+        for entry in (entries[name],)
+    }
 
 
-def _opened(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
     """Open a safetensors file, which compares its header with its length."""
     try:
         return safe_open(file, framework="pt")

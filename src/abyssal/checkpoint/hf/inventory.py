@@ -10,9 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from abyssal.checkpoint.hf.headers import PICKLES, Header
-from abyssal.checkpoint.hf.model_directory import CONFIG, GENERATION, TOKENIZER_FILES, ModelReader
-from abyssal.checkpoint.hf.names import DOWN, GATE_UP, HEAD, SCALE_SUFFIX, fold
+from abyssal.checkpoint.hf.expert_stacks import DOWN, GATE_UP
+from abyssal.checkpoint.hf.files import CONFIG, GENERATION, PICKLES, TOKENIZER_FILES
+from abyssal.checkpoint.hf.fp8_scales import SCALE_SUFFIX
+from abyssal.checkpoint.hf.headers import TensorInfo
+from abyssal.checkpoint.hf.names import HEAD, fold_names
+from abyssal.checkpoint.hf.read import ModelReader
 
 #: How experts lie in the files: each by its name, as released, or in one tensor a layer; `none` without any.
 Experts = Literal["one by one", "stacked", "none"]
@@ -20,7 +23,7 @@ Head = Literal["own", "tied to the embedding", "missing"]
 
 
 @dataclass(frozen=True)
-class Inventory:
+class WeightInventory:
     """The figures of some weight files, and how they differ from what the config asks for."""
 
     num_files: int
@@ -52,17 +55,17 @@ def has_weights(folder: Path) -> bool:
     return any(True for pattern in ("*.safetensors*", *PICKLES) for _ in folder.glob(pattern))
 
 
-def take_inventory(reader: ModelReader) -> Inventory:
+def weight_inventory(reader: ModelReader) -> WeightInventory:
     """Count what the headers say, and compare it with the config; MTP modules may be left out."""
     headers, config = reader.headers, reader.config
     sizes: Counter[str] = Counter()
     for header in headers.values():
         sizes[header.dtype] += _bytes(header)
-    fit = reader.fit(allow_missing_mtp=True)
+    mismatch = reader.compare(allow_missing_mtp=True)
     mtp_layers = range(config.num_hidden_layers, config.num_layers)
     head: Head = "own" if HEAD in headers else "tied to the embedding" if config.tie_word_embeddings else "missing"
     wanted_files = (CONFIG, GENERATION, *TOKENIZER_FILES)
-    return Inventory(
+    return WeightInventory(
         num_files=len({header.file for header in headers.values()}),
         num_tensors=len(headers),
         num_parameters=sum(prod(header.shape) for name, header in headers.items() if not name.endswith(SCALE_SUFFIX)),
@@ -71,10 +74,10 @@ def take_inventory(reader: ModelReader) -> Inventory:
         mtp_modules=sum(f"model.layers.{layer}.enorm.weight" in headers for layer in mtp_layers),
         head=head,
         scales=tuple(sorted({header.dtype for name, header in headers.items() if name.endswith(SCALE_SUFFIX)})),
-        missing=fold(fit.missing),
-        surplus=fold(sorted(fit.surplus)),
-        misshaped=dict(fit.misshaped),
-        mistyped=dict(fit.mistyped),
+        missing=fold_names(mismatch.missing),
+        surplus=fold_names(sorted(mismatch.surplus)),
+        misshaped=dict(mismatch.misshaped),
+        mistyped=dict(mismatch.mistyped),
         missing_files=[name for name in wanted_files if not (reader.path / name).is_file()],
     )
 
@@ -89,7 +92,7 @@ def _experts(names: Iterable[str]) -> Experts:
     return "none"
 
 
-def _bytes(header: Header) -> int:
+def _bytes(info: TensorInfo) -> int:
     """Return the bytes of a tensor; safetensors writes the bits of a value into the name of its type."""
-    bits = re.search(r"\d+", header.dtype)
-    return prod(header.shape) * (int(bits[0]) if bits else 8) // 8
+    bits = re.search(r"\d+", info.dtype)
+    return prod(info.shape) * (int(bits[0]) if bits else 8) // 8

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from abyssal.checkpoint.hf.headers import FP8, READABLE, SCALES, Header, printable
-from abyssal.checkpoint.hf.names import HEAD, SCALE_SUFFIX, TensorSpec, fold, layer_of, scales_of, split_shapes
+from abyssal.checkpoint.hf.expert_stacks import split_shapes
+from abyssal.checkpoint.hf.fp8_scales import SCALE_SUFFIX, scales_of
+from abyssal.checkpoint.hf.headers import FP8, READABLE, SCALES, TensorInfo, printable
+from abyssal.checkpoint.hf.names import HEAD, TensorSpec, fold_names, layer_of
 from abyssal.config import ModelConfig
+from abyssal.errors import ModelDirectoryError
 from abyssal.ops.block_fp8 import FP8_MAX, scale_rows
 
 
 @dataclass(slots=True)
-class Fit:
+class WeightMismatch:
     """What the files hold of a model, and what is wrong with it."""
 
     #: In-memory names.
     held: list[str] = field(default_factory=list)
     #: Released names of all that those stand for, the scales of FP8 weights among them, without what has another fault.
-    parts: list[str] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)
     #: Released names by what is wrong with them; of `misshaped` and `mistyped` with what is there instead.
     missing: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
@@ -28,21 +32,29 @@ class Fit:
     mistyped: dict[str, str] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
 
-    @property
-    def whole(self) -> bool:
-        """Whether nothing is wrong."""
-        return not (self.missing or self.surplus or self.misshaped or self.mistyped or self.not_finite)
+    def __bool__(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self.missing or self.surplus or self.misshaped or self.mistyped or self.not_finite)
 
     def report(self) -> str:
         """Return every fault in words, with layers and experts folded into ranges; empty when nothing is wrong."""
         faults = {
-            "missing": fold(self.missing),
-            "surplus": fold(printable(name) for name in sorted(self.surplus)),
+            "missing": fold_names(self.missing),
+            "surplus": fold_names(printable(name) for name in sorted(self.surplus)),
             "of another shape": _fold_with_reason(self.misshaped),
             "of a type that is not read": _fold_with_reason(self.mistyped),
-            "with values that are not finite": fold(self.not_finite),
+            "with values that are not finite": fold_names(self.not_finite),
         }
         return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+
+    def refuse(self, path: Path) -> None:
+        """Raise what is wrong with the files of the directory `path`, if anything is.
+
+        Raises:
+            ModelDirectoryError: names every fault.
+        """
+        if self:
+            raise ModelDirectoryError(f"{path}: the weights do not fit the model; {self.report()}")
 
     def read_values(
         self, get: Callable[[str], torch.Tensor], rows: Mapping[str, tuple[int, int]] | None = None
@@ -53,7 +65,7 @@ class Fit:
         with it.
         """
         self.not_finite = []
-        for name in self.parts:
+        for name in self.stored:
             weight, is_scale = name.removesuffix(SCALE_SUFFIX), name.endswith(SCALE_SUFFIX)
             if rows is not None and weight not in rows:
                 continue
@@ -66,35 +78,35 @@ class Fit:
                 self.not_finite.append(name)
 
 
-def compare(
-    headers: Mapping[str, Header],
+def compare_weights(
+    headers: Mapping[str, TensorInfo],
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     *,
     allow_missing_mtp: bool,
-) -> Fit:
+) -> WeightMismatch:
     """Compare the files' headers with a model of these in-memory names and shapes.
 
     With `allow_missing_mtp`, MTP layers of which the files hold nothing may be missing.
     """
-    fit = Fit()
-    surplus = {name for name in headers if not _needless(name, config)}
+    mismatch = WeightMismatch()
+    surplus = {name for name in headers if not _is_redundant(name, config)}
     in_files = {layer_of(name) for name in surplus}
     for name, shape in shapes.items():
         layer = layer_of(name)
         if allow_missing_mtp and layer not in in_files and _is_mtp(layer, config):
             continue
-        fit.held.append(name)
+        mismatch.held.append(name)
         for part in split_shapes(name, tuple(shape)):
             surplus.discard(part.name)
-            header = headers.get(part.name)
-            _compare_one(fit, part, header, READABLE if len(part.shape) == 2 else READABLE[:-1])
-            if header is not None and header.dtype == FP8 and len(part.shape) == 2:
+            info = headers.get(part.name)
+            _compare_one(mismatch, part, info, READABLE if len(part.shape) == 2 else READABLE[:-1])
+            if info is not None and info.dtype == FP8 and len(part.shape) == 2:
                 scales = scales_of(part)
                 surplus.discard(scales.name)
-                _compare_one(fit, scales, headers.get(scales.name), SCALES)
-    fit.surplus = list(surplus)
-    return fit
+                _compare_one(mismatch, scales, headers.get(scales.name), SCALES)
+    mismatch.surplus = list(surplus)
+    return mismatch
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -108,23 +120,23 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def _compare_one(fit: Fit, wanted: TensorSpec, header: Header | None, types: tuple[str, ...]) -> None:
+def _compare_one(mismatch: WeightMismatch, wanted: TensorSpec, info: TensorInfo | None, types: tuple[str, ...]) -> None:
     """Note what is wrong with one tensor of the files."""
-    if header is None:
-        fit.missing.append(wanted.name)
-    elif header.shape != wanted.shape:
-        fit.misshaped[wanted.name] = f"{list(header.shape)} instead of {list(wanted.shape)}"
-    elif header.dtype not in types:
-        fit.mistyped[wanted.name] = f"{header.dtype}; possible: {', '.join(types)}"
+    if info is None:
+        mismatch.missing.append(wanted.name)
+    elif info.shape != wanted.shape:
+        mismatch.misshaped[wanted.name] = f"{list(info.shape)} instead of {list(wanted.shape)}"
+    elif info.dtype not in types:
+        mismatch.mistyped[wanted.name] = f"{info.dtype}; possible: {', '.join(types)}"
     else:
-        fit.parts.append(wanted.name)
+        mismatch.stored.append(wanted.name)
 
 
 def _is_mtp(layer: int | None, config: ModelConfig) -> bool:
     return layer is not None and layer >= config.num_hidden_layers
 
 
-def _needless(name: str, config: ModelConfig) -> bool:
+def _is_redundant(name: str, config: ModelConfig) -> bool:
     """Whether a tensor of the files is one that a model computes or has elsewhere: copies, RoPE's frequencies."""
     name = name.removesuffix(SCALE_SUFFIX)
     if name == HEAD:
@@ -138,5 +150,5 @@ def _fold_with_reason(faults: Mapping[str, str]) -> list[str]:
     return [
         f"{name} ({reason})"
         for reason in dict.fromkeys(faults.values())
-        for name in fold(name for name, own in faults.items() if own == reason)
+        for name in fold_names(name for name, own in faults.items() if own == reason)
     ]

@@ -10,8 +10,9 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from abyssal.checkpoint.state.load import write_pieces
-from abyssal.checkpoint.state.local_shards import Piece, pieces
+from abyssal.checkpoint.state.folders import state_path
+from abyssal.checkpoint.state.local_shards import LocalShard, local_shards
+from abyssal.checkpoint.state.save import save_shards
 from abyssal.ranks.ranks import Ranks
 
 
@@ -63,7 +64,7 @@ class StateWriter:
             CheckpointError: an earlier write failed.
         """
         self.wait()
-        copy = pieces(tensors, copy=True)
+        copy = local_shards(tensors, copy=True)
         self._thread = threading.Thread(target=self._write, args=(step, copy, dict(progress)), name="state-writer")
         self._thread.start()
 
@@ -74,7 +75,7 @@ class StateWriter:
             CheckpointError: the disk refused.
         """
         self.wait()
-        return Ranks(self.group).first(lambda: (self.root / f"step-{step:08d}").exists())
+        return Ranks(self.group).first(lambda: state_path(self.root, step).exists())
 
     def check(self) -> None:
         """Raise what a finished write met, without waiting for one that is under way; finished is what all ranks have.
@@ -101,9 +102,9 @@ class StateWriter:
         if error is not None:
             raise error
 
-    def _write(self, step: int, held: Mapping[str, Piece], progress: Mapping[str, Any]) -> None:
+    def _write(self, step: int, shards: Mapping[str, LocalShard], progress: Mapping[str, Any]) -> None:
         keep, multiples, group = self.keep, self.keep_multiples_of, self._threads_group
         try:
-            write_pieces(self.root, step, held, progress, keep, keep_multiples_of=multiples, group=group)
+            save_shards(self.root, step, shards, progress, keep, keep_multiples_of=multiples, group=group)
         except BaseException as error:  # raised again in the main thread, whatever it is
             self._error = error

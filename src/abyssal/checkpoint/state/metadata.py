@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from abyssal.checkpoint.state.local_shards import Piece
+from abyssal.checkpoint.state.local_shards import LocalShard
 
 #: The most names that a sentence lists of one kind.
 MAX_NAMES = 8
@@ -72,38 +72,40 @@ def read_metadata(file: Path, files: Collection[str]) -> Metadata:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How what one rank holds fits a state."""
+class StateMismatch:
+    """How what one rank holds differs from a state."""
 
     missing: frozenset[str]  # held, but not stored
-    unfit: frozenset[str]  # stored as something else; says as what
+    different: frozenset[str]  # stored as something else; says as what
     held: bytes  # of each stored name, in their order, whether it is held
 
 
-def fit(metadata: Metadata, held: Mapping[str, Piece]) -> Fit:
+def compare_with_metadata(metadata: Metadata, shards: Mapping[str, LocalShard]) -> StateMismatch:
     """Compare names, shapes and dtypes of what this rank holds with those of a state."""
     records = metadata.state_dict_metadata
-    unfit = []
-    for name in held.keys() & records.keys():
-        record, piece = records[name], held[name]
+    different = []
+    for name in shards.keys() & records.keys():
+        record, shard = records[name], shards[name]
         if not isinstance(record, TensorStorageMetadata):
-            unfit.append(f"{name} (no tensor)")
-        elif (record.size, record.properties.dtype) != (piece.shape, piece.tensor.dtype):
+            different.append(f"{name} (no tensor)")
+        elif (record.size, record.properties.dtype) != (shard.shape, shard.tensor.dtype):
             stored = f"{list(record.size)} {record.properties.dtype}"
-            unfit.append(f"{name} ({stored} instead of {list(piece.shape)} {piece.tensor.dtype})".replace("torch.", ""))
+            different.append(f"{name} ({stored} instead of {list(shard.shape)} {shard.tensor.dtype})")
         elif sum(prod(chunk.sizes) for chunk in record.chunks) != record.size.numel():
-            unfit.append(f"{name} (not the whole of it)")
-    here = bytes(name in held for name in sorted(records))
-    return Fit(frozenset(held.keys() - records.keys()), frozenset(unfit), here)
+            different.append(f"{name} (not the whole of it)")
+    held = bytes(name in shards for name in sorted(records))
+    plain = (sentence.replace("torch.", "") for sentence in different)
+    return StateMismatch(frozenset(shards.keys() - records.keys()), frozenset(plain), held)
 
 
-def misfit(metadata: Metadata, fits: Sequence[Fit]) -> str | None:
-    """Return a clause about what does not fit on any rank, none where all does."""
+def describe_mismatches(metadata: Metadata, mismatches: Sequence[StateMismatch]) -> str | None:
+    """Return a clause about what differs on any rank, none where nothing does."""
     stored = sorted(metadata.state_dict_metadata)
+    surplus = {name for name, *held in zip(stored, *(each.held for each in mismatches), strict=True) if not any(held)}
     faults = {
-        "missing": frozenset[str]().union(*(found.missing for found in fits)),
-        "surplus": {name for name, *here in zip(stored, *(found.held for found in fits), strict=True) if not any(here)},
-        "of another shape or type": frozenset[str]().union(*(found.unfit for found in fits)),
+        "missing": frozenset[str]().union(*(each.missing for each in mismatches)),
+        "surplus": surplus,
+        "of another shape or type": frozenset[str]().union(*(each.different for each in mismatches)),
     }
     return "; ".join(f"{kind}: {_list(sorted(names))}" for kind, names in faults.items() if names) or None
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abyssal.checkpoint.hf import direct_read
-from abyssal.checkpoint.hf.direct_read import can_read_into, read_into
+from abyssal.checkpoint.hf import row_reader
 from abyssal.checkpoint.hf.headers import read_headers
+from abyssal.checkpoint.hf.row_reader import can_read_into, read_into
 from abyssal.engine import load_model
 from abyssal.errors import ModelDirectoryError
 
@@ -19,7 +19,7 @@ from abyssal.errors import ModelDirectoryError
 def test_places_hold_what_the_library_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, threads: int
 ) -> None:
-    monkeypatch.setattr(direct_read, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(row_reader, "CHUNK_BYTES", 64)
     shapes = [(random.randint(1, 9), random.randint(1, 40)) for _ in range(12)] + [(0, 3)]
     save_file({f"t{n}": torch.randn(shape).to(dtype) for n, shape in enumerate(shapes)}, tmp_path / "model.safetensors")
     headers, wanted = read_headers(tmp_path), load_file(tmp_path / "model.safetensors")
@@ -39,7 +39,7 @@ def test_places_hold_what_the_library_reads(
 def test_values_that_are_not_finite_are_found_wherever_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct_read, "CHUNK_BYTES", 32)
+    monkeypatch.setattr(row_reader, "CHUNK_BYTES", 32)
     tensors = {f"t{n}": torch.zeros(21) for n in range(21)}
     for n in range(0, 21, 2):
         tensors[f"t{n}"][n] = random.choice((torch.nan, torch.inf, -torch.inf))

@@ -129,7 +129,7 @@ def fill_the_disk(model: Transformer) -> dict[str, Any]:
                     raise OSError(28, "No space left on device")
                 return write(self, data)
 
-        import abyssal.checkpoint.hf.write_weights as module
+        import abyssal.checkpoint.hf.weight_files as module
 
         module.FileIO = FullDisk  # type: ignore[misc, attr-defined]
     return {}

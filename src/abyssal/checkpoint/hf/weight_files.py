@@ -7,7 +7,6 @@ which writes in the same way.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,29 +19,21 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from abyssal.checkpoint.hf.expert_stacks import split_shard
 from abyssal.checkpoint.hf.file_plan import PlannedFile, fill_files, row_blocks, write_index
+from abyssal.checkpoint.hf.fp8_scales import SCALE_SUFFIX
 from abyssal.checkpoint.hf.headers import DTYPES, FP8
 from abyssal.checkpoint.hf.mismatch import is_finite
-from abyssal.checkpoint.hf.names import (
-    SCALE_SUFFIX,
-    fold,
-    memory_tensors,
-    mtp_copies,
-    split_shard,
-    stored_tensors,
-)
+from abyssal.checkpoint.hf.released import mtp_copies, stored_tensors
 from abyssal.config import ModelConfig
-from abyssal.errors import ModelDirectoryError
 from abyssal.ops.block_fp8 import quantise_blocks, scale_rows
 from abyssal.ranks.placements import local_shard
 
 LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
-#: Where a shard begins in its tensor, along each dim, and its shape.
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class StoredWeight:
     """A tensor of the files; `dtype` in safetensors' letters."""
 
     name: str
@@ -50,19 +41,19 @@ class Weight:
     dtype: str
 
 
-def plan_weights(config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int) -> list[PlannedFile[Weight]]:
+def plan_weights(config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int) -> list[PlannedFile[StoredWeight]]:
     """Return the files of a model directory in `dtype`, filled in the order of the release.
 
     Within a file the wider values come first, then the order is that of the names, as in safetensors' own writer.
     """
-    weights = (Weight(spec.name, spec.shape, LETTERS[stored]) for spec, stored in stored_tensors(config, dtype))
+    weights = (StoredWeight(spec.name, spec.shape, LETTERS[stored]) for spec, stored in stored_tensors(config, dtype))
     return [
         PlannedFile(name, tuple(sorted(held, key=lambda weight: (-DTYPES[weight.dtype].itemsize, weight.name))))
         for name, held in fill_files(([weight] for weight in weights), max_shard_bytes)
     ]
 
 
-def create_files(folder: Path, files: Sequence[PlannedFile[Weight]]) -> None:
+def create_files(folder: Path, files: Sequence[PlannedFile[StoredWeight]]) -> None:
     """Create the files with their headers, as long as they will be, and their index; all values are zero still.
 
     Raises:
@@ -75,50 +66,8 @@ def create_files(folder: Path, files: Sequence[PlannedFile[Weight]]) -> None:
     write_index(folder, files)
 
 
-def held_boxes(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Box]:
-    """Return what this rank holds of each tensor, by in-memory name.
-
-    Raises:
-        ModelDirectoryError: a tensor is not the model's, or of another shape.
-    """
-    shapes = {spec.name: spec.shape for spec in memory_tensors(config)}
-    boxes = {}
-    for name, tensor in tensors.items():
-        if name not in shapes:
-            raise ModelDirectoryError(f"{path}: {name}: not a tensor of this model")
-        if tuple(tensor.shape) != shapes[name]:
-            raise ModelDirectoryError(f"{path}: {name} is {list(tensor.shape)} instead of {list(shapes[name])}")
-        shard, begin = local_shard(tensor)
-        boxes[name] = begin, tuple(shard.shape)
-    return boxes
-
-
-def share_out(path: Path, config: ModelConfig, offers: Sequence[Mapping[str, Box]]) -> list[set[str]]:
-    """Return of which tensors each rank writes what it holds, from what the ranks hold.
-
-    What several hold is written by the one that has the fewest values to write so far.
-
-    Raises:
-        ModelDirectoryError: a tensor, or a part of one, is on no rank.
-    """
-    holders: defaultdict[tuple[str, Box], list[int]] = defaultdict(list)
-    for rank, offer in enumerate(offers):
-        for name, box in offer.items():
-            holders[name, box].append(rank)
-    missing = {spec.name: spec.numel for spec in memory_tensors(config)}
-    written, shares = [0] * len(offers), [set[str]() for _ in offers]
-    for (name, (_, shape)), ranks in holders.items():
-        rank = min(ranks, key=written.__getitem__)
-        shares[rank].add(name)
-        written[rank] += prod(shape)
-        missing[name] -= prod(shape)
-    if lacking := [name for name, count in missing.items() if count]:
-        raise ModelDirectoryError(f"{path}: the model to write lacks {', '.join(fold(lacking))}")
-    return shares
-
-
 def write_weights(
-    folder: Path, files: Sequence[PlannedFile[Weight]], config: ModelConfig, tensors: Mapping[str, Tensor]
+    folder: Path, files: Sequence[PlannedFile[StoredWeight]], config: ModelConfig, tensors: Mapping[str, Tensor]
 ) -> list[str]:
     """Write what this rank holds of `tensors` into files that exist, converted a few rows at a time, and flush them.
 
@@ -128,22 +77,22 @@ def write_weights(
     Raises:
         OSError: the disk refused.
     """
-    with _Places(folder, files) as places:
+    with _OpenFiles(folder, files) as opened:
         for name, tensor in tensors.items():
             shard, begin = local_shard(tensor)
             copies = mtp_copies(name, config)
             for released, first, rows in split_shard(name, tensor.shape, shard, begin):
-                places.write([released, *copies], first, rows)
-    return places.not_finite
+                opened.write([released, *copies], first, rows)
+    return opened.not_finite
 
 
-class _Places:
-    """The places of all tensors in the files of a folder; files are opened when something is written to them."""
+class _OpenFiles:
+    """The weight files of a folder, opened when something is written to them, and where each tensor stands in them."""
 
-    def __init__(self, folder: Path, files: Iterable[PlannedFile[Weight]]) -> None:
+    def __init__(self, folder: Path, files: Iterable[PlannedFile[StoredWeight]]) -> None:
         self._folder = folder
         self._weights = {weight.name: weight for file in files for weight in file.tensors}
-        self._places = {name: (file.name, offset) for file in files for name, offset in file.offsets().items()}
+        self._offsets = {name: (file.name, offset) for file in files for name, offset in file.offsets().items()}
         self._open: dict[str, FileIO] = {}
         self._stack = ExitStack()
         self.not_finite: list[str] = []
@@ -180,7 +129,7 @@ class _Places:
 
     def _put(self, name: str, first: int, rows: Tensor) -> None:
         """Write rows that are as in the file, from row `first` on."""
-        file, offset = self._places[name]
+        file, offset = self._offsets[name]
         if file not in self._open:
             self._open[file] = self._stack.enter_context(FileIO(self._folder / file, "r+"))
         stream = self._open[file]
