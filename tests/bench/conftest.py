@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-OVERHEAD, TOKENS_A_WORD = 3, 2  # of a prompt
+OVERHEAD, TOKENS_PER_WORD = 3, 2  # of a prompt
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         chat = self.path == "/v1/chat/completions"
         prompt = body["messages"][0]["content"] if chat else body["prompt"]
-        usage = {"prompt_tokens": TOKENS_A_WORD * len(prompt.split()) + OVERHEAD} if self.server.counts else None
+        usage = {"prompt_tokens": TOKENS_PER_WORD * len(prompt.split()) + OVERHEAD} if self.server.counts else None
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.keys.append(self.headers["authorization"])

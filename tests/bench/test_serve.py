@@ -13,7 +13,7 @@ import pytest
 from abyssal.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
-OVERHEAD, TOKENS_A_WORD = 3, 2  # as the server of these tests counts
+OVERHEAD, TOKENS_PER_WORD = 3, 2  # as the server of these tests counts
 
 
 def prompt_of(body: dict[str, Any]) -> str:
@@ -36,7 +36,7 @@ def test_a_closed_loop_sends_what_was_asked_for_and_counts_what_came_back(
         for body in bodies
     )
     prompts = [prompt_of(body).split() for body in bodies]
-    assert {TOKENS_A_WORD * len(words) + OVERHEAD for words in prompts} == {41}
+    assert {TOKENS_PER_WORD * len(words) + OVERHEAD for words in prompts} == {41}
     assert len({tuple(words[:10]) for words in prompts}) == 1
     assert len({tuple(words[:12]) for words in prompts}) > 10
     found = json.loads(out.read_text())
@@ -75,7 +75,7 @@ def test_lengths_vary_by_the_spread(server: Any) -> None:
     options = "--requests 40 --concurrency 8 --prompt-tokens 100 --output-tokens 20 --spread 0.5"
     assert main(["bench", "serve", server.url, *options.split()]) == 0
     asked = [body["max_tokens"] for body in server.streamed()]
-    lengths = [TOKENS_A_WORD * len(prompt_of(body).split()) + OVERHEAD for body in server.streamed()]
+    lengths = [TOKENS_PER_WORD * len(prompt_of(body).split()) + OVERHEAD for body in server.streamed()]
     for values, middle in ((asked, 20), (lengths, 100)):
         assert 0.48 * middle <= min(values) < 0.75 * middle
         assert 1.52 * middle >= max(values) > 1.25 * middle

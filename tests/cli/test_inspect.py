@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from abyssal.cli.inspect import describe_schedule
 from abyssal.cli.main import main
-from abyssal.cli.numbers import byte_size, short
 from abyssal.config import Segment, ValueSchedule, load_recipe, packaged_recipes
+from abyssal.report.numbers import byte_size, short
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abyssal.report.curve import running_mean, thin
+from abyssal.report.curve import downsample, running_mean
 
 VALUES = st.lists(st.floats(-100, 100) | st.just(float("nan")), min_size=1, max_size=200)
 
@@ -16,7 +16,7 @@ VALUES = st.lists(st.floats(-100, 100) | st.just(float("nan")), min_size=1, max_
 @settings(max_examples=200, deadline=None)
 def test_thinning_keeps_extremes_and_invents_nothing(values: list[float], buckets: int) -> None:
     x, y = np.arange(len(values), dtype=float), np.array(values)
-    kept_x, kept_y = thin(x, y, buckets)
+    kept_x, kept_y = downsample(x, y, buckets)
     assert len(kept_x) <= 2 * buckets
     assert (np.diff(kept_x) > 0).all()
     np.testing.assert_array_equal(kept_y, y[kept_x.astype(int)])
@@ -28,13 +28,13 @@ def test_thinning_keeps_extremes_and_invents_nothing(values: list[float], bucket
 def test_one_spike_among_many_steps_stays() -> None:
     y = np.ones(100_003)
     y[70_001] = 9.0
-    x, kept = thin(np.arange(len(y), dtype=float), y, 50)
+    x, kept = downsample(np.arange(len(y), dtype=float), y, 50)
     assert x[kept == 9.0].tolist() == [70_001]
 
 
 def test_part_without_a_finite_value_stays_a_gap() -> None:
     y = np.concatenate([np.ones(30), np.full(30, np.nan), np.ones(30)])
-    _, kept = thin(np.arange(90.0), y, 3)
+    _, kept = downsample(np.arange(90.0), y, 3)
     assert np.isnan(kept).tolist() == [False, True, False]
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abyssal.report.metrics import Metrics, read_metrics
+from abyssal.report.metrics import RunMetrics, read_metrics
 
 WriteRun = Callable[..., Path]
 StepRecord = Callable[..., dict[str, Any]]
 
 
-def read(folder: Path) -> Metrics:
+def read(folder: Path) -> RunMetrics:
     return read_metrics(folder / "metrics.jsonl")
 
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from abyssal.report.placement import draw_placement
-from abyssal.report.shapes import SERIES
+from abyssal.report.svg_canvas import SERIES
 from abyssal.report.timeline import KINDS, draw_timeline
 
 SVG = "{http://www.w3.org/2000/svg}"

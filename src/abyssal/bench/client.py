@@ -19,7 +19,7 @@ class ServerError(AbyssalError):
 
 
 @dataclass
-class Measured:
+class RequestResult:
     """What became of one request; times in seconds from the beginning of the measurement.
 
     `due_s` is when it should have been sent, which is what a user waits from. `chunks_s` are the arrivals of text.
@@ -78,7 +78,7 @@ class Client:
         async with httpx2.AsyncClient(base_url=base, headers=headers, timeout=timeout_s, limits=limits) as http:
             yield cls(http, model or await _first_model(http), chats, extra)
 
-    async def ask(self, prompt: str, max_tokens: int, measured: Measured, begin: float) -> None:
+    async def ask(self, prompt: str, max_tokens: int, measured: RequestResult, begin: float) -> None:
         """Send a request and fill in what became of it; a failure is written down, not raised.
 
         `begin`: what times count from, by the clock of `time.perf_counter`.
@@ -123,7 +123,7 @@ class Client:
         what = {"messages": [{"role": "user", "content": prompt}]} if self.chats else {"prompt": prompt}
         return {"model": self.model, "max_tokens": max_tokens, **what, **self.extra}
 
-    async def _read(self, response: httpx2.Response, measured: Measured, begin: float) -> str | None:
+    async def _read(self, response: httpx2.Response, measured: RequestResult, begin: float) -> str | None:
         """Take the events of a stream, and return what is wrong with it."""
         async for line in response.aiter_lines():
             if not line.startswith("data:"):

@@ -1,4 +1,4 @@
-"""Runs a workload against a server, and sums up what was measured."""
+"""Runs a workload against a server, and summarises the measurement."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from abyssal.bench.client import Client, Measured
+from abyssal.bench.client import Client, RequestResult
 from abyssal.bench.workload import WORDS, Workload
 
 QUANTILES = (50, 90, 95, 99)
 #: Words whose tokens the server is asked for, to find how many tokens it makes of a word.
 FEW, MANY = 20, 100
-TOKENS_A_WORD = 1.3  # where it does not tell
+TOKENS_PER_WORD = 1.3  # where it does not tell
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Mean, percentiles and maximum of what was measured."""
+    """Mean, percentiles and maximum of a quantity."""
 
     count: int
     mean: float
@@ -32,23 +32,23 @@ class Distribution:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Distribution | None:
-        """Sum up values, at least one of them."""
+        """Summarise values; None where there are none."""
         if not values:
             return None
-        found = np.percentile(values, QUANTILES).tolist()
-        return cls(len(values), float(np.mean(values)), dict(zip(QUANTILES, found, strict=True)), max(values))
+        quantiles = np.percentile(values, QUANTILES).tolist()
+        return cls(len(values), float(np.mean(values)), dict(zip(QUANTILES, quantiles, strict=True)), max(values))
 
 
 @dataclass(frozen=True)
-class Result:
-    """All that was measured, one entry a request."""
+class ServingResult:
+    """The measurement of a server, one entry a request."""
 
-    measured: list[Measured]
+    measured: list[RequestResult]
     seconds: float  # until the last one ended
 
     @property
-    def good(self) -> list[Measured]:
-        """Requests that ended as they should."""
+    def succeeded(self) -> list[RequestResult]:
+        """Requests that ended without an error."""
         return [one for one in self.measured if one.error is None]
 
     def samples(self) -> dict[str, list[float]]:
@@ -57,22 +57,21 @@ class Result:
         `ttft`: from when a request was due to its first text; `tpot`: from there to its last one, over the tokens after
         the first; `itl`: between one piece of text and the next; `latency`: from when it was due to its end.
         """
-        good = self.good
+        succeeded = self.succeeded
         return {
-            "ttft": [one.chunks_s[0] - one.due_s for one in good if one.chunks_s],
+            "ttft": [one.chunks_s[0] - one.due_s for one in succeeded if one.chunks_s],
             "tpot": [
                 (one.chunks_s[-1] - one.chunks_s[0]) / (one.tokens - 1)
-                for one in good
+                for one in succeeded
                 if one.tokens > 1 and len(one.chunks_s) > 1
             ],
-            "itl": [after - before for one in good for before, after in pairwise(one.chunks_s)],
-            "latency": [one.ended_s - one.due_s for one in good],
+            "itl": [after - before for one in succeeded for before, after in pairwise(one.chunks_s)],
+            "latency": [one.ended_s - one.due_s for one in succeeded],
         }
 
     def distributions(self) -> dict[str, Distribution]:
-        """Sum up each quantity of which there is anything."""
-        found = {name: Distribution.of(values) for name, values in self.samples().items()}
-        return {name: distribution for name, distribution in found.items() if distribution is not None}
+        """Summarise each quantity that has values."""
+        return {name: d for name, values in self.samples().items() if (d := Distribution.of(values)) is not None}
 
     def errors(self) -> dict[str, int]:
         """Count the failures by what they said, the most frequent first."""
@@ -80,21 +79,21 @@ class Result:
 
     def acceptance(self) -> float | None:
         """Return the share of drafted tokens that were accepted, where the server tells."""
-        accepted = sum(one.accepted_drafts or 0 for one in self.good)
-        drafted = accepted + sum(one.rejected_drafts or 0 for one in self.good)
+        accepted = sum(one.accepted_drafts or 0 for one in self.succeeded)
+        drafted = accepted + sum(one.rejected_drafts or 0 for one in self.succeeded)
         return accepted / drafted if drafted else None
 
     def totals(self) -> dict[str, Any]:
         """Return counts and rates over the whole measurement."""
-        good = self.good
-        output = sum(one.tokens for one in good)
-        counted = all(one.prompt_tokens is not None for one in good)
-        prompt = sum(one.prompt_tokens or 0 for one in good) if counted else None
+        succeeded = self.succeeded
+        output = sum(one.tokens for one in succeeded)
+        counted = all(one.prompt_tokens is not None for one in succeeded)
+        prompt = sum(one.prompt_tokens or 0 for one in succeeded) if counted else None
         return {
             "requests": len(self.measured),
-            "failed": len(self.measured) - len(good),
+            "failed": len(self.measured) - len(succeeded),
             "seconds": self.seconds,
-            "requests_per_s": len(good) / self.seconds,
+            "requests_per_s": len(succeeded) / self.seconds,
             "prompt_tokens": prompt,
             "output_tokens": output,
             "output_tokens_per_s": output / self.seconds,
@@ -110,26 +109,29 @@ async def calibrate(client: Client) -> tuple[float, float, bool]:
     """
     few, many = [await client.count_prompt(" ".join(WORDS[:count])) for count in (FEW, MANY)]
     if few is None or many is None or many <= few:
-        return TOKENS_A_WORD, 0.0, False
+        return TOKENS_PER_WORD, 0.0, False
     rate = (many - few) / (MANY - FEW)
     return rate, max(few - FEW * rate, 0.0), True
 
 
 async def measure(
-    client: Client, workload: Workload, words: tuple[float, float], note: Callable[[Measured], None] = lambda _: None
-) -> Result:
+    client: Client,
+    workload: Workload,
+    words: tuple[float, float],
+    on_end: Callable[[RequestResult], None] = lambda _: None,
+) -> ServingResult:
     """Send the requests of a workload when they are due, and return what became of them.
 
     Args:
         client: of the server.
         workload: how many, when, how long.
         words: tokens a word and a prompt's further tokens, as `calibrate` finds.
-        note: told of every request that has ended.
+        on_end: called with each request that has ended.
     """
     prompts = list(workload.requests(*words))
     arrivals = workload.arrivals()
     places = asyncio.Semaphore(workload.concurrency or workload.num_requests)
-    results = [Measured(due) for due in arrivals]
+    results = [RequestResult(due) for due in arrivals]
     begin = time.perf_counter()
 
     async def one(number: int) -> None:
@@ -139,9 +141,9 @@ async def measure(
             if workload.rate is None:  # the next one is due when there is a place
                 measured.due_s = time.perf_counter() - begin
             await client.ask(*prompts[number], measured, begin)
-        note(measured)
+        on_end(measured)
 
     async with asyncio.TaskGroup() as group:
         for number in range(len(prompts)):
             group.create_task(one(number))
-    return Result(results, max(measured.ended_s for measured in results))
+    return ServingResult(results, max(measured.ended_s for measured in results))

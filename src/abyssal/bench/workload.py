@@ -67,7 +67,7 @@ class Workload:
             due += draw.expovariate(self.rate) if self.rate is not None else 0.0
         return times
 
-    def requests(self, tokens_a_word: float, overhead: float) -> Iterator[tuple[str, int]]:
+    def requests(self, tokens_per_word: float, overhead: float) -> Iterator[tuple[str, int]]:
         """Yield the prompts and the most tokens of their answers.
 
         Args:
@@ -75,11 +75,11 @@ class Workload:
             overhead: tokens that the server adds to a prompt.
         """
         draw = random.Random(f"requests {self.seed}")
-        shared = draw.choices(WORDS, k=round(self.shared_tokens / tokens_a_word))
+        shared = draw.choices(WORDS, k=round(self.shared_tokens / tokens_per_word))
         for _ in range(self.num_requests):
             low, high = 1 - self.spread, 1 + self.spread
             tokens = self.prompt_tokens * draw.uniform(low, high) - overhead
-            words = max(round(tokens / tokens_a_word), 1)
+            words = max(round(tokens / tokens_per_word), 1)
             own = draw.choices(WORDS, k=max(words - len(shared), 1))
             most = max(round(self.output_tokens * draw.uniform(low, high)), 1)
             yield " ".join([*shared[: words - 1], *own]), most

@@ -12,8 +12,8 @@ import typer
 from abyssal.errors import AbyssalError, UsageError
 
 if TYPE_CHECKING:
-    from abyssal.bench.client import Measured
-    from abyssal.bench.measure import Result
+    from abyssal.bench.client import RequestResult
+    from abyssal.bench.measure import ServingResult
     from abyssal.bench.workload import Workload
 
 NAMES = {
@@ -85,14 +85,14 @@ def serve(
         _write(json_file, json.dumps(_record(url, name, workload, result), indent=1) + "\n")
     if plot is not None:
         _write(plot, _page(url, name, workload, result))
-    if len(result.good) < len(result.measured):
+    if len(result.succeeded) < len(result.measured):
         raise AbyssalError(
-            f"{len(result.measured) - len(result.good)} of {len(result.measured)} requests failed; "
+            f"{len(result.measured) - len(result.succeeded)} of {len(result.measured)} requests failed; "
             f"most often: {next(iter(result.errors()))}"
         )
 
 
-async def _measure(url: str, connection: dict[str, Any], workload: Workload) -> tuple[str, Result]:
+async def _measure(url: str, connection: dict[str, Any], workload: Workload) -> tuple[str, ServingResult]:
     """Run the workload under a progress bar; return the model's name and what was measured."""
     from rich.console import Console
     from rich.progress import Progress
@@ -108,22 +108,22 @@ async def _measure(url: str, connection: dict[str, Any], workload: Workload) -> 
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("requests", total=workload.num_requests)
 
-            def note(_: Measured) -> None:
+            def note(_: RequestResult) -> None:
                 bar.advance(task)
 
             return client.model, await measure(client, workload, (rate, overhead), note)
 
 
-def _rows(result: Result) -> list[list[str]]:
+def _rows(result: ServingResult) -> list[list[str]]:
     """Return the table of times [ms], its head first."""
     rows = [list(COLUMNS)]
-    for name, found in result.distributions().items():
-        values = [found.mean, *found.quantiles.values(), found.most]
+    for name, distribution in result.distributions().items():
+        values = [distribution.mean, *distribution.quantiles.values(), distribution.most]
         rows.append([NAMES[name], *(f"{1000 * value:,.1f}" for value in values)])
     return rows
 
 
-def _facts(result: Result) -> dict[str, str]:
+def _facts(result: ServingResult) -> dict[str, str]:
     """Return the totals as text."""
     totals = result.totals()
     facts = {
@@ -140,7 +140,7 @@ def _facts(result: Result) -> dict[str, str]:
     return facts
 
 
-def _table(name: str, result: Result) -> str:
+def _table(name: str, result: ServingResult) -> str:
     """Return the totals and times for a terminal."""
     facts = _facts(result)
     lines = [name, *(f"  {fact:<18}{value:>16}" for fact, value in facts.items()), ""]
@@ -150,7 +150,7 @@ def _table(name: str, result: Result) -> str:
     return "\n".join(lines)
 
 
-def _record(url: str, name: str, workload: Workload, result: Result) -> dict[str, Any]:
+def _record(url: str, name: str, workload: Workload, result: ServingResult) -> dict[str, Any]:
     """Return everything that was measured, for other programs."""
     from dataclasses import asdict
 
@@ -160,12 +160,12 @@ def _record(url: str, name: str, workload: Workload, result: Result) -> dict[str
         "workload": asdict(workload),
         **result.totals(),
         "errors": result.errors(),
-        "times_s": {name: asdict(found) for name, found in result.distributions().items()},
+        "times_s": {name: asdict(distribution) for name, distribution in result.distributions().items()},
         "measured": [asdict(one) for one in result.measured],
     }
 
 
-def _page(url: str, name: str, workload: Workload, result: Result) -> str:
+def _page(url: str, name: str, workload: Workload, result: ServingResult) -> str:
     from dataclasses import asdict
 
     from abyssal.report.serving import ServingRecord, render_serving_page
@@ -179,7 +179,7 @@ def _page(url: str, name: str, workload: Workload, result: Result) -> str:
         rows=_rows(result),
         errors=result.errors(),
         samples={NAMES[name]: values for name, values in result.samples().items()},
-        courses=[(m.due_s, m.chunks_s[0] - m.due_s, m.ended_s - m.due_s) for m in result.good if m.chunks_s],
+        courses=[(m.due_s, m.chunks_s[0] - m.due_s, m.ended_s - m.due_s) for m in result.succeeded if m.chunks_s],
         failed=[m.due_s for m in result.measured if m.error is not None],
     )
     return render_serving_page(record)

@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from abyssal.cli.numbers import byte_size
+from abyssal.report.numbers import byte_size
 
 #: Between two lines where there is no terminal.
 INTERVAL_S = 30.0

@@ -38,32 +38,36 @@ class ScaleFormat(StrEnum):
     UE8M0 = "ue8m0"
 
 
+Source = Annotated[Path, typer.Argument(metavar="IN", help="A model directory.")]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, new or empty; the file, --to gguf.")]
+To = Annotated[Format, typer.Option("--to", help="The format of the weights.")]
+MaxShardSize = Annotated[
+    str, typer.Option(metavar="SIZE", help="The most bytes of tensors in one file: 5GB, 500MB, 2GiB.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes; each holds less than 1 GiB. 0: one a core, at most 8.")]
+Mtp = Annotated[bool, typer.Option("--mtp/--no-mtp", help="Keep the MTP layers, or leave them out.")]
+ScalesFrom = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="With --to fp8: use the scales of this FP8 copy of the same model again."),
+]
+ScaleFmt = Annotated[ScaleFormat, typer.Option(help="With --to fp8: scales as they come, or raised to powers of two.")]
+DType = Annotated[
+    GgufType | None, typer.Option("--dtype", help="With --to gguf: what matrices become; bf16 by default.")
+]
+Verify = Annotated[bool, typer.Option("--verify", help="Read OUT again and compare it; alone where OUT is finished.")]
+
+
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A model directory.")],
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The folder to write, new or empty; the file, --to gguf.")
-    ],
-    to: Annotated[Format, typer.Option("--to", help="The format of the weights.")],
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="The most bytes of tensors in one file: 5GB, 500MB, 2GiB.")
-    ] = SHARD_SIZE,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes; each holds less than 1 GiB. 0: one a core, at most 8.")
-    ] = 0,
-    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Keep the MTP layers, or leave them out.")] = True,
-    scales_from: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="With --to fp8: use the scales of this FP8 copy of the same model again."),
-    ] = None,
-    scale_fmt: Annotated[
-        ScaleFormat, typer.Option(help="With --to fp8: scales as they come, or raised to powers of two.")
-    ] = ScaleFormat.FLOAT,
-    dtype: Annotated[
-        GgufType | None, typer.Option("--dtype", help="With --to gguf: what matrices become; bf16 by default.")
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read OUT again and compare it; alone where OUT is finished.")
-    ] = False,
+    source: Source,
+    target: Target,
+    to: To,
+    max_shard_size: MaxShardSize = SHARD_SIZE,
+    workers: Workers = 0,
+    mtp: Mtp = True,
+    scales_from: ScalesFrom = None,
+    scale_fmt: ScaleFmt = ScaleFormat.FLOAT,
+    dtype: DType = None,
+    verify: Verify = False,
 ) -> None:
     """Convert a model directory to bf16, FP8 or fp32, or to a GGUF file, a few rows at a time.
 
@@ -114,9 +118,9 @@ def parse_size(text: str) -> int:
 
     powers = {"": 1, **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)}}
     powers |= {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGT", 1)}
-    found = re.fullmatch(r"([\d.]+)\s*([A-Z]*)", text.strip().upper())
+    size_and_unit = re.fullmatch(r"([\d.]+)\s*([A-Z]*)", text.strip().upper())
     try:
-        size = int(float(found[1]) * powers[found[2]]) if found else 0
+        size = int(float(size_and_unit[1]) * powers[size_and_unit[2]]) if size_and_unit else 0
     except (ValueError, KeyError):
         size = 0
     if size < 1:
@@ -131,8 +135,8 @@ def _convert(source: Path, target: Path, conversion: Conversion, workers: int, s
 
     from abyssal.checkpoint.convert import convert_directory
     from abyssal.cli.byte_progress import ByteProgress
-    from abyssal.cli.numbers import byte_size
     from abyssal.machine.describe import available_cores
+    from abyssal.report.numbers import byte_size
 
     begin = time.monotonic()
     try:

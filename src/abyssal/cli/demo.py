@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from abyssal.cli.recipe_options import Overrides
+
 MINUTES = 8.0
 
 
@@ -16,10 +18,7 @@ def demo(
         float | None,
         typer.Option(min=0.01, help="Time for the training steps on this machine.", show_default=f"{MINUTES:g}"),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train a small DeepSeek-V3 on the Python standard library's source and let it complete code.
 

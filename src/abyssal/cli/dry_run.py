@@ -122,7 +122,7 @@ def _print(run: DryRun, *, left_open: bool) -> None:
 
 
 def _print_parts(console: Console, run: DryRun) -> None:
-    from abyssal.cli.numbers import byte_size
+    from abyssal.report.numbers import byte_size
 
     sizes = ("stored_bytes", "moment_bytes", "gradient_bytes", "use_bytes", "cast_bytes")
     rows = []
@@ -155,7 +155,7 @@ def _print_stages(console: Console, run: DryRun) -> None:
 
 
 def _print_memory(console: Console, run: DryRun) -> None:
-    from abyssal.cli.numbers import byte_size
+    from abyssal.report.numbers import byte_size
 
     kinds = list(asdict(run.stages[0].memory))
 
@@ -172,7 +172,7 @@ def _print_memory(console: Console, run: DryRun) -> None:
 
 
 def _print_communication(console: Console, run: DryRun) -> None:
-    from abyssal.cli.numbers import byte_size, short
+    from abyssal.report.numbers import byte_size, short
     from abyssal.train.dry_run.cost import StepCommunication
 
     def figures(sent: StepCommunication) -> tuple[str, ...]:

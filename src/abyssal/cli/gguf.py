@@ -20,8 +20,8 @@ def convert_to_gguf(source: Path, target: Path, dtype: str, others: Mapping[str,
 
     from abyssal.checkpoint.gguf.write import write_gguf
     from abyssal.cli.byte_progress import ByteProgress
-    from abyssal.cli.numbers import byte_size
     from abyssal.errors import UsageError
+    from abyssal.report.numbers import byte_size
 
     if given := [option for option, is_given in others.items() if is_given]:
         raise UsageError(f"{', '.join(given)}: is not for --to gguf; leave it out")

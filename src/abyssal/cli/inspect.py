@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from abyssal.cli.recipe_options import Overrides
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,10 +23,7 @@ def inspect(
     target: Annotated[
         str, typer.Argument(metavar="RECIPE|MODEL_DIR", help="A recipe, or a folder with a config.json.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
-    ] = None,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, all figures exact.")] = False,
 ) -> None:
     """Show parameters, FLOPs and cache of a model, its files or the schedules of its run; no weight is read.
@@ -137,7 +136,7 @@ def print_model(console: Console, facts: dict[str, Any]) -> None:
     """Print parameters by part, then what a token costs."""
     from rich.table import Table
 
-    from abyssal.cli.numbers import byte_size, short
+    from abyssal.report.numbers import byte_size, short
 
     parts = facts["parameters"]["parts"]
     table = Table(box=None, pad_edge=False)
@@ -178,7 +177,7 @@ def print_weights(console: Console, facts: dict[str, Any] | None, model: ModelCo
     """Print what the files hold, how it lies in them, and what is missing or does not belong there."""
     from rich.markup import escape
 
-    from abyssal.cli.numbers import byte_size
+    from abyssal.report.numbers import byte_size
 
     if facts is None:
         rows = [("weights", "no files")]
@@ -204,7 +203,7 @@ def print_weights(console: Console, facts: dict[str, Any] | None, model: ModelCo
 
 def print_run(console: Console, run: RunConfig, facts: dict[str, Any]) -> None:
     """Print the length of a run and each schedule in words."""
-    from abyssal.cli.numbers import short
+    from abyssal.report.numbers import short
 
     first, last = facts["tokens_per_step_at_start"], facts["tokens_per_step_at_end"]
     batch = short(first) if first == last else f"{short(first)} to {short(last)}"
@@ -220,7 +219,7 @@ def print_run(console: Console, run: RunConfig, facts: dict[str, Any]) -> None:
 
 def describe_schedule(schedule: ValueSchedule) -> str:
     """Write a schedule as a sentence: `0, linear to 0.00022 at 28.1B, constant until 10T`."""
-    from abyssal.cli.numbers import short
+    from abyssal.report.numbers import short
 
     words, value = [f"{schedule.start:g}"], schedule.start
     for segment in schedule.segments:

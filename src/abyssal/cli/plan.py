@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
+
+from abyssal.cli import plan_options as options
+from abyssal.cli.recipe_options import Overrides
 
 if TYPE_CHECKING:
     from abyssal.config import RunConfig
     from abyssal.plan.calibration import Calibration
     from abyssal.plan.hardware import Cluster
     from abyssal.plan.layout import Layout
+    from abyssal.plan.search import SearchResult
     from abyssal.plan.training_plan import StepPlan
 
-LAYOUT = "Layout (none of these: the report's where it fits, else the fastest that is found)"
-OUTPUT = "Output"
 PLAN_HELP = """What a run costs, before anything is bought: abyssal plan RECIPE --cluster CHIP:DEVICES.
 
 The other commands look at a schedule alone, and at the placement of experts.
@@ -36,60 +38,30 @@ class PlanGroup(TyperGroup):
 
 
 def plan_recipe(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe or a .toml file.")],
-    cluster: Annotated[str, typer.Option("--cluster", metavar="CHIP:DEVICES", help="h800:2048, h100:64, ...")],
-    hardware: Annotated[
-        Path | None, typer.Option("--hardware", metavar="FILE", help="A TOML file with chips of your own.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
-    ] = None,
-    tokens: Annotated[str | None, typer.Option("--tokens", help="Length of the run: 14.8T, 300B, 1e9.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Sequences a step, in place of the schedule.")] = None,
-    then: Annotated[
-        list[str] | None,
-        typer.Option("--then", metavar="RECIPE", help="A phase that follows on the same devices; may be repeated."),
-    ] = None,
-    other_hours: Annotated[float, typer.Option("--other-hours", help="Device hours to add: post-training.")] = 0.0,
-    price: Annotated[float, typer.Option("--price", help="Money a device hour.")] = 2.0,
-    schedule: Annotated[
-        str | None, typer.Option("--schedule", rich_help_panel=LAYOUT, help="dualpipe, 1f1b, ...")
-    ] = None,
-    pp: Annotated[int | None, typer.Option("--pp", rich_help_panel=LAYOUT, help="Pipeline ranks.")] = None,
-    ep: Annotated[int | None, typer.Option("--ep", rich_help_panel=LAYOUT, help="Expert-parallel devices.")] = None,
-    tp: Annotated[int | None, typer.Option("--tp", rich_help_panel=LAYOUT, help="Tensor-parallel devices.")] = None,
-    cp: Annotated[int | None, typer.Option("--cp", rich_help_panel=LAYOUT, help="Context-parallel devices.")] = None,
-    stages_per_rank: Annotated[
-        int | None, typer.Option("--stages-per-rank", rich_help_panel=LAYOUT, help="Of the schedule interleaved.")
-    ] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", rich_help_panel=LAYOUT, help="Sequences a micro-batch.")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", rich_help_panel=LAYOUT, help="fp8 (where the chip has it) or bf16.")
-    ] = None,
-    recompute: Annotated[
-        str | None, typer.Option("--recompute", rich_help_panel=LAYOUT, help="published, none or full.")
-    ] = None,
-    overlap: Annotated[
-        bool | None,
-        typer.Option("--overlap/--no-overlap", rich_help_panel=LAYOUT, help="All-to-all under computation."),
-    ] = None,
-    search: Annotated[
-        bool, typer.Option("--search", help="Rank layouts by step time, and say why others fail.")
-    ] = False,
-    memory: Annotated[
-        float | None, typer.Option("--memory", metavar="GB", help="Memory limit a device.", show_default="the chip's")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON, figures exact.")] = False,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="Write a page.")
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option("--trace", metavar="FILE", rich_help_panel=OUTPUT, help="Write a trace of a step for Perfetto."),
-    ] = None,
+    recipe: options.Recipe,
+    cluster: options.Cluster,
+    hardware: options.Hardware = None,
+    overrides: Overrides = None,
+    tokens: options.Tokens = None,
+    batch: options.Batch = None,
+    then: options.Then = None,
+    other_hours: options.OtherHours = 0.0,
+    price: options.Price = 2.0,
+    schedule: options.Schedule = None,
+    pp: options.Pp = None,
+    ep: options.Ep = None,
+    tp: options.Tp = None,
+    cp: options.Cp = None,
+    stages_per_rank: options.StagesPerRank = None,
+    micro_batch: options.MicroBatch = None,
+    precision: options.Precision = None,
+    recompute: options.Recompute = None,
+    overlap: options.Overlap = None,
+    search: options.Search = False,
+    memory: options.Memory = None,
+    as_json: options.AsJson = False,
+    html: options.Html = None,
+    trace: options.Trace = None,
 ) -> None:
     """Predict a run: does it fit, how long is a step, where does the time go, what does it cost.
 
@@ -113,24 +85,23 @@ def plan_recipe(
     check_money(price, other_hours, memory)
     limit = devices.chip.memory_bytes if memory is None else memory * 1e9
     calibration = Calibration()
-    given = {
+    chosen = {
         "schedule": schedule, "pp_size": pp, "ep_size": ep, "tp_size": tp, "cp_size": cp, "overlap": overlap,
         "stages_per_rank": stages_per_rank, "micro_batch_size": micro_batch,
         "precision": precision, "recompute": recompute,
     }  # fmt: skip
-    base, chosen = start_layout(devices, given)
-    found = None
-    planned = chosen or fits(runs[0], devices, base, calibration, limit)
-    if search or not planned:
-        found = search_layouts(runs[0], devices, base, calibration, limit)
-        base = base if planned else best_of(found)
-    training = replace(plan_training(runs, devices, base, calibration, price), other_hours=other_hours)
+    layout, has_degrees = start_layout(devices, chosen)
+    is_usable = has_degrees or fits(runs[0], devices, layout, calibration, limit)
+    result = search_layouts(runs[0], devices, layout, calibration, limit) if search or not is_usable else None
+    if result is not None and not is_usable:
+        layout = best_of(result)
+    training = replace(plan_training(runs, devices, layout, calibration, price), other_hours=other_hours)
     step = training.phases[0].step
     refuse_excess(step, calibration, limit)
     facts = plan_facts(training, limit)
     facts["inference"] = inference_facts(runs[0].model, devices, calibration)
-    if found is not None:
-        facts["search"] = search_facts(found, limit)
+    if result is not None:
+        facts["search"] = search_facts(result, limit)
     write_files(step, facts, html, trace)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -186,18 +157,18 @@ def check_money(price: float, other_hours: float, memory: float | None) -> None:
         raise UsageError(f"--memory {memory:g}: must be a number of GB above 0 and at most 1e6")
 
 
-def start_layout(cluster: Cluster, given: dict[str, Any]) -> tuple[Layout, bool]:
+def start_layout(cluster: Cluster, choices: dict[str, Any]) -> tuple[Layout, bool]:
     """Return the layout of the options, and whether they choose degrees; without degrees it is the report's."""
     from abyssal.plan.layout import PUBLISHED, Layout, Precision
 
     degrees = ("schedule", "pp_size", "ep_size", "tp_size", "stages_per_rank")
-    chosen = any(given[name] is not None for name in degrees)
+    chosen = any(choices[name] is not None for name in degrees)
     if cluster.chip.sms is None:  # no accelerator: Abyssal's own trainer, as it is
         base = Layout(precision="bf16", recompute="none", state="trainer")
     else:
         precision: Precision = "bf16" if cluster.chip.fp8_flops is None else "fp8"
         base = replace(Layout() if chosen else PUBLISHED, precision=precision)
-    return replace(base, **{name: value for name, value in given.items() if value is not None}), chosen
+    return replace(base, **{name: value for name, value in choices.items() if value is not None}), chosen
 
 
 def fits(run: RunConfig, cluster: Cluster, layout: Layout, calibration: Calibration, limit: float) -> bool:
@@ -213,7 +184,7 @@ def fits(run: RunConfig, cluster: Cluster, layout: Layout, calibration: Calibrat
     return memory_fault(layout, step.memory, limit) is None
 
 
-def best_of(found: Any) -> Layout:
+def best_of(result: SearchResult) -> Layout:
     """Return the fastest layout of a search.
 
     Raises:
@@ -221,10 +192,9 @@ def best_of(found: Any) -> Layout:
     """
     from abyssal.errors import UsageError
 
-    if found.ranked:
-        layout: Layout = found.ranked[0].layout
-        return layout
-    most = sorted(found.refused, key=lambda refused: -refused.count)[:2]
+    if result.ranked:
+        return result.ranked[0].layout
+    most = sorted(result.refused, key=lambda refused: -refused.count)[:2]
     reasons = "; ".join(f"{r.count} of those tried, such as {r.layout}: {r.reason}" for r in most)
     raise UsageError(
         f"no layout fits: {reasons or 'none divides these devices'}; try other devices, --batch or --memory"
@@ -234,7 +204,7 @@ def best_of(found: Any) -> Layout:
 def refuse_excess(step: StepPlan, calibration: Calibration, limit: float) -> None:
     """Raise UsageError where a device needs more memory than it has, with the nearest layout that fits."""
     from abyssal.errors import UsageError
-    from abyssal.plan.facts import options
+    from abyssal.plan.facts import layout_options
     from abyssal.plan.rank_memory import memory_fault
     from abyssal.plan.search import nearest_fitting
 
@@ -242,7 +212,9 @@ def refuse_excess(step: StepPlan, calibration: Calibration, limit: float) -> Non
     if fault is None:
         return
     near = nearest_fitting(step.run, step.cluster, step.layout, calibration, limit)
-    hint = f"nearest layout that fits: {' '.join(options(near))}" if near else "no layout fits; take more devices"
+    hint = (
+        f"nearest layout that fits: {' '.join(layout_options(near))}" if near else "no layout fits; take more devices"
+    )
     raise UsageError(f"{step.layout} on {step.cluster.name}:{step.cluster.devices}: {fault}; {hint}")
 
 

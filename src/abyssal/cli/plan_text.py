@@ -34,7 +34,7 @@ def print_plan(facts: dict[str, Any], step: StepPlan, *, searched: bool, written
 
 def print_search(console: Console, found: dict[str, Any]) -> None:
     """Print layouts by step time, and why the others fail."""
-    from abyssal.cli.numbers import byte_size
+    from abyssal.report.numbers import byte_size
 
     rows = [
         (
@@ -62,7 +62,7 @@ def print_search(console: Console, found: dict[str, Any]) -> None:
 def _print_head(console: Console, facts: dict[str, Any]) -> None:
     from rich.markup import escape
 
-    from abyssal.cli.numbers import short
+    from abyssal.report.numbers import short
 
     cluster, layout, flops = facts["cluster"], facts["layout"], facts["flops_per_token"]
     title = f"{facts['name']} on {cluster['devices']:,} {cluster['name']}"
@@ -80,7 +80,7 @@ def _print_head(console: Console, facts: dict[str, Any]) -> None:
 
 
 def _print_phases(console: Console, facts: dict[str, Any]) -> None:
-    from abyssal.cli.numbers import short
+    from abyssal.report.numbers import short
 
     rows: list[tuple[str, ...]] = [
         (
@@ -139,7 +139,7 @@ def _print_timeline(console: Console, step: StepPlan) -> None:
 
 
 def _print_memory(console: Console, facts: dict[str, Any]) -> None:
-    from abyssal.cli.numbers import byte_size
+    from abyssal.report.numbers import byte_size
 
     memory = facts["memory"]
     ranks = memory["ranks"]
@@ -152,7 +152,7 @@ def _print_memory(console: Console, facts: dict[str, Any]) -> None:
 
 
 def _print_links(console: Console, facts: dict[str, Any]) -> None:
-    from abyssal.cli.numbers import byte_size
+    from abyssal.report.numbers import byte_size
 
     links = facts["links"]
     rows = [(name, byte_size(size["nvlink"]), byte_size(size["network"])) for name, size in facts["traffic"].items()]
@@ -167,7 +167,7 @@ def _print_links(console: Console, facts: dict[str, Any]) -> None:
 
 
 def _print_inference(console: Console, inference: dict[str, Any]) -> None:
-    from abyssal.cli.numbers import byte_size
+    from abyssal.report.numbers import byte_size
 
     prefill, decode = inference["prefill"], inference["decode"]
     console.print()

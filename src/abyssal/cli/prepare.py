@@ -9,14 +9,13 @@ from typing import Annotated
 
 import typer
 
+from abyssal.cli.recipe_options import Overrides, Recipe
+
 
 def prepare(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or a .toml file.")],
+    recipe: Recipe,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of tokenizer and shards.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
-    ] = None,
+    overrides: Overrides = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that tokenize; 0: one a core.")] = 0,
 ) -> None:
     """Make tokenizer and shards of a recipe without training, for one run or several.

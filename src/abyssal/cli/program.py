@@ -13,7 +13,7 @@ def program() -> str:
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{shlex.quote(sys.executable)} -m abyssal"
-    found = shutil.which("abyssal")
-    if called.stem != "abyssal" or not called.exists() or (found and Path(found).samefile(called)):
+    on_path = shutil.which("abyssal")
+    if called.stem != "abyssal" or not called.exists() or (on_path and Path(on_path).samefile(called)):
         return "abyssal"
     return shlex.quote(sys.argv[0])

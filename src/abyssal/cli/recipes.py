@@ -8,9 +8,9 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from abyssal.cli.numbers import short
     from abyssal.config import load_recipe, packaged_recipes
     from abyssal.plan import count_parameters
+    from abyssal.report.numbers import short
 
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)

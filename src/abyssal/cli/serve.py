@@ -12,6 +12,8 @@ from abyssal.cli.generation_options import Device, DType, Model
 from abyssal.errors import UsageError
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from abyssal.text.chat_template import ChatTemplate
 
 Host = Annotated[str, typer.Option(help="Address to listen at; the default is reached from this machine only.")]
@@ -99,17 +101,19 @@ def serve(
                 f"warning: {host} can be reached from other machines, and nobody needs a key; see --api-key", err=True
             )
         # a product waits for the last of its threads, so one whose core answers clients would hold up the others
-        free_for_work = max(1, available_cores() - 1)
-        loaded = load_model(model, dtype=dtype, device=device, threads=free_for_work if threads is None else threads)
+        free_cores = max(1, available_cores() - 1)
+        loaded = load_model(model, dtype=dtype, device=device, threads=free_cores if threads is None else threads)
         app = create_app(loaded, template=_template(model), options=options, engine_options=engine_options)
         set_up_logging(access=access_log)
-        listener.listen()  # whoever comes from now on waits, instead of being refused until the loop has begun
-        address, bound_port = listener.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        typer.echo(
-            f"serving {options.model_name} at http://{shown}:{bound_port}/v1; Ctrl-C or SIGTERM ends it", err=True
-        )
+        listener.listen()  # connections from now on wait, instead of being refused until the loop has begun
+        typer.echo(f"serving {options.model_name} at {_url(listener)}; Ctrl-C or SIGTERM ends it", err=True)
         run_server(app, listener, drain_timeout_s=drain_seconds)
+
+
+def _url(listener: socket) -> str:
+    """Return the URL of the API at a socket."""
+    address, port = listener.getsockname()[:2]
+    return f"http://[{address}]:{port}/v1" if ":" in address else f"http://{address}:{port}/v1"
 
 
 def _template(model: Path) -> ChatTemplate | None:

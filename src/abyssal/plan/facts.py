@@ -74,7 +74,7 @@ def search_facts(found: SearchResult, memory_limit: float) -> dict[str, Any]:
                 "tokens_per_device_s": step.tokens_per_device_s,
                 "mfu": step.mfu(),
                 "memory_bytes": step.memory[step.fullest].total,
-                "options": options(step.layout),
+                "options": layout_options(step.layout),
             }
             for step in found.ranked
         ],
@@ -86,7 +86,7 @@ def search_facts(found: SearchResult, memory_limit: float) -> dict[str, Any]:
     }
 
 
-def options(layout: Layout) -> list[str]:
+def layout_options(layout: Layout) -> list[str]:
     """Return the options of `abyssal plan` that choose a layout."""
     chosen = ["--schedule", layout.schedule, "--pp", str(layout.pp_size), "--ep", str(layout.ep_size)]
     if layout.schedule == "interleaved":

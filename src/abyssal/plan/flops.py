@@ -93,13 +93,15 @@ def decode_flops(config: ModelConfig, context_length: int, *, absorbed: bool = T
     """
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     if absorbed:
-        a_key = heads * (2 * latent + config.qk_rope_head_dim)
+        per_key = heads * (2 * latent + config.qk_rope_head_dim)
         expansion = 0
     else:
-        a_key = heads * (config.qk_head_dim + config.v_head_dim)
+        per_key = heads * (config.qk_head_dim + config.v_head_dim)
         expansion = (context_length - 1) * latent * heads * (config.qk_nope_head_dim + config.v_head_dim)
     layers = config.num_hidden_layers
-    flops = _products(count_parameters(config).activated_main, 2 * a_key * context_length * layers, head=_head(config))
+    flops = _products(
+        count_parameters(config).activated_main, 2 * per_key * context_length * layers, head=_head(config)
+    )
     return flops + TokenFlops(attention_projections=2 * expansion * layers)
 
 

@@ -58,8 +58,8 @@ def expert_parallel_bound(
     Two micro-batches alternate, so each layer communicates twice for `tokens` of a device, and every one of a token's
     `experts` (the shared one among them) is reached over the same link.
     """
-    a_layer = (dispatch_bytes + combine_bytes) * tokens * experts * hidden_size / bandwidth
-    return 2 * a_layer * layers
+    seconds_per_exchange = (dispatch_bytes + combine_bytes) * tokens * experts * hidden_size / bandwidth
+    return 2 * seconds_per_exchange * layers
 
 
 def experts_touched(model: ModelConfig, tokens: float) -> float:

@@ -78,14 +78,18 @@ def stage_parameters(
     tables = count.main.embedding
     layers = model.num_hidden_layers
     moe_layers = max(1, layers - model.first_k_dense_replace)
-    a_layer = ParametersByPart(attention=count.main.attention // layers, norms=2 * model.hidden_size)
-    a_moe = ParametersByPart(
+    per_layer = ParametersByPart(attention=count.main.attention // layers, norms=2 * model.hidden_size)
+    per_moe_layer = ParametersByPart(
         routed_experts=count.main.routed_experts // moe_layers,
         shared_experts=count.main.shared_experts // moe_layers,
         gate=count.main.gate // moe_layers,
     )
     ffn = 3 * model.hidden_size * model.intermediate_size
-    parts = a_layer * stage.layers + a_moe * (stage.moe + stage.mtp) + ParametersByPart(dense_ffn=ffn * stage.dense)
+    parts = (
+        per_layer * stage.layers
+        + per_moe_layer * (stage.moe + stage.mtp)
+        + ParametersByPart(dense_ffn=ffn * stage.dense)
+    )
     unquantized = parts.norms + parts.gate + stage.mtp * 2 * model.hidden_size**2
     copies = stage.embedding + bool(stage.heads) + bool(stage.mtp and not embedding_beside)
     if model.tie_word_embeddings and stage.embedding and stage.heads:

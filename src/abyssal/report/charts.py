@@ -17,12 +17,12 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from abyssal.report.curve import Curve, Values, running_mean, thin
-from abyssal.report.expert_load import LoadHistory, picture
+from abyssal.report.curve import Curve, Values, downsample, running_mean
+from abyssal.report.expert_load import LoadHistory, load_image
+from abyssal.report.inline_svg import GRID, INK, SERIES, WARNING, inline
 from abyssal.report.numbers import short
-from abyssal.report.svg import GRID, INK, SERIES, WARNING, inline
 
-POINTS_AN_INCH = 72
+POINTS_PER_INCH = 72
 #: So narrow that its text can still be read when a phone shows the whole figure [points].
 WIDTH, HEIGHT = 440.0, 235.0
 LEFT, RIGHT, BOTTOM, TOP = 58.0, 12.0, 40.0, 10.0
@@ -30,12 +30,12 @@ LEFT, RIGHT, BOTTOM, TOP = 58.0, 12.0, 40.0, 10.0
 BUCKETS = 900
 DASHES = ("-", "--", ":", "-.")
 #: A load of four times the mean, or a quarter of it, has the full colour.
-MOST_DEVIATION = 2.0
+MAX_DEVIATION = 2.0
 UNDER, OVER = (0.11, 0.49, 0.84), (0.91, 0.35, 0.05)
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
+class ChartLine:
     """One curve of a chart, and which of the series it is."""
 
     label: str
@@ -44,7 +44,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """How the y axis of a chart reads."""
 
     unit: str
@@ -54,7 +54,13 @@ class Scale:
 
 
 def draw_curves(
-    name: str, lines: Sequence[Line], scale: Scale, *, axis: str, smooth: bool = False, skipped: Sequence[float] = ()
+    name: str,
+    lines: Sequence[ChartLine],
+    scale: AxisScale,
+    *,
+    axis: str,
+    smooth: bool = False,
+    skipped: Sequence[float] = (),
 ) -> str:
     """Return a chart as SVG for the inside of a page.
 
@@ -66,7 +72,7 @@ def draw_curves(
         smooth: draw a running mean over a fiftieth of the curve as well, and the curve itself faintly.
         skipped: where batches were left out, marked at the foot.
     """
-    with settings(name):
+    with drawing_settings(name):
         figure, axes = blank_figure(HEIGHT)
         for line in lines:
             _draw(axes, line, axis, smooth=smooth, buckets=max(60, BUCKETS // len(lines)))
@@ -85,15 +91,15 @@ def draw_curves(
 
 def draw_loads(name: str, history: LoadHistory, labels: Sequence[str], *, axis: str) -> str:
     """Return the expert load of each layer, called by `labels`, over time as a heatmap in SVG."""
-    deviation, (begin, end) = picture(history, axis)
+    deviation, (begin, end) = load_image(history, axis)
     height = min(480.0, max(180.0, 6.0 * len(deviation))) + BOTTOM + TOP
-    with settings(name):
+    with drawing_settings(name):
         figure, axes = blank_figure(height, right=70.0)
         layers = len(labels)
         image = axes.imshow(
-            np.ma.masked_invalid(np.clip(deviation, -MOST_DEVIATION, MOST_DEVIATION)),
+            np.ma.masked_invalid(np.clip(deviation, -MAX_DEVIATION, MAX_DEVIATION)),
             cmap=_two_sided(),
-            norm=Normalize(-MOST_DEVIATION, MOST_DEVIATION),
+            norm=Normalize(-MAX_DEVIATION, MAX_DEVIATION),
             interpolation="none",
             aspect="auto",
             extent=(begin, end if end > begin else begin + 1, layers, 0),
@@ -116,7 +122,7 @@ def draw_loads(name: str, history: LoadHistory, labels: Sequence[str], *, axis: 
 
 
 @contextmanager
-def settings(name: str) -> Iterator[None]:
+def drawing_settings(name: str) -> Iterator[None]:
     """Draw with text as text, in the colours that the page replaces, and the same bytes every time."""
     settings: Any = {  # its keys are literals to the type checker
         "svg.fonttype": "none",
@@ -146,7 +152,7 @@ def settings(name: str) -> Iterator[None]:
 
 def blank_figure(height: float, right: float = RIGHT) -> tuple[Figure, Axes]:
     """Return a figure with room for the labels, and its axes; sizes in points."""
-    figure = Figure(figsize=(WIDTH / POINTS_AN_INCH, height / POINTS_AN_INCH))
+    figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH))
     FigureCanvasSVG(figure)
     figure.patch.set_visible(False)
     box = (LEFT / WIDTH, BOTTOM / height, 1 - (LEFT + right) / WIDTH, 1 - (BOTTOM + TOP) / height)
@@ -156,7 +162,7 @@ def blank_figure(height: float, right: float = RIGHT) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw(axes: Axes, line: Line, axis: str, *, smooth: bool, buckets: int) -> None:
+def _draw(axes: Axes, line: ChartLine, axis: str, *, smooth: bool, buckets: int) -> None:
     """Draw one curve: a few measurements with their points, many with their running mean if wanted."""
     x, y = line.curve.along(axis), line.curve.values
     measured = np.isfinite(x)
@@ -165,10 +171,10 @@ def _draw(axes: Axes, line: Line, axis: str, *, smooth: bool, buckets: int) -> N
     dash = DASHES[line.series // len(SERIES) % len(DASHES)]
     window = len(y) // 50 if smooth else 0
     if window > 1:
-        axes.plot(*thin(x, y, buckets), color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(*downsample(x, y, buckets), color=colour, linewidth=0.8, alpha=0.35)
         y = running_mean(y, window)
     marker = "o" if len(y) <= 40 else ""
-    axes.plot(*thin(x, y, buckets), color=colour, linewidth=1.6, linestyle=dash, marker=marker, markersize=3)
+    axes.plot(*downsample(x, y, buckets), color=colour, linewidth=1.6, linestyle=dash, marker=marker, markersize=3)
 
 
 def _scale_by_factors(axes: Axes, values: Sequence[Values]) -> None:

@@ -30,7 +30,7 @@ class Curve:
         return self.tokens if axis == "tokens" else self.steps
 
 
-def thin(x: Values, y: Values, buckets: int) -> tuple[Values, Values]:
+def downsample(x: Values, y: Values, buckets: int) -> tuple[Values, Values]:
     """Return at most two points for each of so many buckets of neighbours: the lowest and the highest, in their order.
 
     No spike is lost, and no value is made up. A bucket without a finite value keeps one point, so that its gap stays.

@@ -19,11 +19,11 @@ class LoadHistory:
     run.
     """
 
-    def __init__(self, most_buckets: int = 240) -> None:
-        """Start empty; `most_buckets` is even."""
+    def __init__(self, max_buckets: int = 240) -> None:
+        """Start empty; `max_buckets` is even."""
         self.layers: tuple[str, ...] = ()
         self._shape: tuple[int, ...] = ()
-        self._most, self._steps_a_bucket = most_buckets, 1
+        self._max_buckets, self._steps_per_bucket = max_buckets, 1
         self._places: dict[int, tuple[float, float]] = {}  # bucket -> (steps, tokens) at its end
         self._sums: dict[int, NDArray[np.float64]] = {}  # bucket -> [L, E]
 
@@ -37,15 +37,15 @@ class LoadHistory:
         if table is None or (self._sums and (tuple(load) != self.layers or table.shape != self._shape)):
             return False
         self.layers, self._shape = tuple(load), table.shape
-        while step > self._most * self._steps_a_bucket:
+        while step > self._max_buckets * self._steps_per_bucket:
             self._join_neighbours()
-        bucket = max(0, math.ceil(step / self._steps_a_bucket) - 1)
+        bucket = max(0, math.ceil(step / self._steps_per_bucket) - 1)
         self._sums[bucket] = self._sums.get(bucket, 0.0) + table
         self._places[bucket] = (step, tokens)
         return True
 
     def _join_neighbours(self) -> None:
-        self._steps_a_bucket *= 2
+        self._steps_per_bucket *= 2
         self._places = {bucket // 2: place for bucket, place in self._places.items()}
         joined: dict[int, NDArray[np.float64]] = {}
         for bucket, sums in self._sums.items():
@@ -64,7 +64,7 @@ class LoadHistory:
         return relative
 
 
-def picture(
+def load_image(
     history: LoadHistory, axis: str, columns: int = 240, rows: int = 480
 ) -> tuple[NDArray[np.float64], tuple[float, float]]:
     """Return log2 of the relative load as a picture [Y, X], one band of rows a layer, and the ends of its x axis.
@@ -76,9 +76,9 @@ def picture(
     buckets, layers, experts = relative.shape
     with np.errstate(divide="ignore"):
         deviation = np.log2(relative)
-    a_layer = min(experts, max(1, rows // layers))
-    if a_layer < experts:
-        groups = np.array_split(np.arange(experts), a_layer)
+    rows_per_layer = min(experts, max(1, rows // layers))
+    if rows_per_layer < experts:
+        groups = np.array_split(np.arange(experts), rows_per_layer)
         extremes = [np.abs(deviation[..., group]).argmax(axis=-1, keepdims=True) for group in groups]
         chosen = [
             np.take_along_axis(deviation[..., group], extreme, axis=-1)
@@ -89,7 +89,7 @@ def picture(
     begin = max(0.0, ends[0] - (ends[1] - ends[0] if buckets > 1 else ends[0]))
     middles = begin + (ends[-1] - begin) * (np.arange(columns) + 0.5) / columns
     at = np.searchsorted(ends, middles).clip(0, buckets - 1)
-    return deviation[at].reshape(columns, layers * a_layer).T, (begin, float(ends[-1]))
+    return deviation[at].reshape(columns, layers * rows_per_layer).T, (begin, float(ends[-1]))
 
 
 def _table(load: Any) -> NDArray[np.float64] | None:

@@ -47,7 +47,7 @@ class SkippedBatch:
 
 
 @dataclass(frozen=True)
-class Metrics:
+class RunMetrics:
     """The curves of a run by field, its expert load, the batches it skipped, and what could not be read."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -87,11 +87,11 @@ class Metrics:
         return float(np.average(mfu.values[usable], weights=since[usable])) if usable.any() else None
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_metrics(path: Path) -> RunMetrics:
     """Read the metrics of a run; what is damaged or missing becomes a note, never a fault."""
-    reader = _Reader()
+    reader = _MetricsReader()
     if not path.exists():
-        return Metrics(notes=(f"There is no {path.name} yet.",))
+        return RunMetrics(notes=(f"There is no {path.name} yet.",))
     for file, add in ((path, reader.add), (path.with_name(LOADS), reader.add_load)):
         try:
             with file.open(encoding="utf-8", errors="replace") as lines:
@@ -104,7 +104,7 @@ def read_metrics(path: Path) -> Metrics:
     return reader.metrics(path.name)
 
 
-class _Reader:
+class _MetricsReader:
     """Takes the lines of metrics.jsonl one after another."""
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class _Reader:
         if "expert_load" in record:
             self.unreadable_loads += not self.loads.add(step, tokens, record["expert_load"])
 
-    def metrics(self, name: str) -> Metrics:
+    def metrics(self, name: str) -> RunMetrics:
         """Return what was read from the file of that name."""
         if self.unreadable_lines:
             lines = "1 line" if self.unreadable_lines == 1 else f"{self.unreadable_lines:,} lines"
@@ -159,7 +159,7 @@ class _Reader:
         elif missing := [name for name in (*FIELDS[:5], "tokens") if not self._has(name)]:
             self.notes.append(f"Not in {name}, so not shown: {', '.join(missing)}.")
         curves = {field: Curve(*np.array(points, dtype=float).T) for field, points in self.points.items()}
-        return Metrics(curves, self.loads, tuple(self.skipped), self.steps, self.tokens, tuple(self.notes))
+        return RunMetrics(curves, self.loads, tuple(self.skipped), self.steps, self.tokens, tuple(self.notes))
 
     def _has(self, name: str) -> bool:
         return math.isfinite(self.tokens) if name == "tokens" else name in self.points

@@ -6,18 +6,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from abyssal import __version__
 from abyssal.report.numbers import duration, short
 from abyssal.report.panels import draw_heatmaps, draw_panels
 from abyssal.report.run_record import RunRecord
+from abyssal.report.template import render_template
 
-MOST_SKIPPED = 100
+MAX_SKIPPED = 100
 NOTHING = "–"
 
 
@@ -32,30 +28,18 @@ class Difference:
 def render_page(runs: Sequence[RunRecord]) -> str:
     """Return the page about one run, or about several with their curves laid over one another.
 
-    The page needs nothing from outside, runs no script, and says so in its content security policy. All text that
-    comes from the folders is escaped by the template.
+    All text that comes from the folders is escaped by the template.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_resource),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["svg"] = Markup
-    text = environment.get_template("page.html").render(
+    return render_template(
+        "page.html",
         title=_title(runs),
-        version=__version__,
-        style=Markup(_resource("page.css")),
         runs=runs,
         facts=[headline(run) for run in runs],
         charts=draw_panels(runs),
         heatmaps=draw_heatmaps(runs),
         differences=differences(runs),
-        most_skipped=MOST_SKIPPED,
+        most_skipped=MAX_SKIPPED,
     )
-    # a lone surrogate, from a file's name or a damaged sample, has no UTF-8
-    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 def headline(run: RunRecord) -> dict[str, str]:
@@ -107,7 +91,3 @@ def _title(runs: Sequence[RunRecord]) -> str:
         return f"{len(runs)} runs: {', '.join(run.label for run in runs)}"
     name = runs[0].setting("name")
     return f"Run {name}" if isinstance(name, str) and name else f"Run {runs[0].label}"
-
-
-def _resource(name: str) -> str:
-    return (resources.files("abyssal.report") / name).read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from abyssal.report.charts import Line, Scale, draw_curves, draw_loads
+from abyssal.report.charts import AxisScale, ChartLine, draw_curves, draw_loads
 from abyssal.report.run_record import RunRecord
 
 
@@ -18,7 +18,7 @@ class Panel:
 
     title: str
     fields: tuple[tuple[str, str], ...]
-    scale: Scale
+    scale: AxisScale
     smooth: bool = False
     remark: str = ""
 
@@ -33,7 +33,7 @@ class Chart:
     remark: str = ""
 
 
-NATS = Scale("nats a token", logarithmic=True)
+NATS = AxisScale("nats a token", logarithmic=True)
 PANELS = (
     Panel(
         "Loss",
@@ -44,25 +44,25 @@ PANELS = (
     Panel(
         "Validation",
         (("validation_bits_per_byte", "weights"), ("validation_ema_bits_per_byte", "averaged weights")),
-        Scale("bits per byte"),
+        AxisScale("bits per byte"),
     ),
-    Panel("Learning rate", (("learning_rate", "learning rate"),), Scale("learning rate")),
+    Panel("Learning rate", (("learning_rate", "learning rate"),), AxisScale("learning rate")),
     Panel(
         "Gradient norm",
         (("gradient_norm", "gradient norm"),),
-        Scale("norm before clipping", logarithmic=True),
+        AxisScale("norm before clipping", logarithmic=True),
         smooth=True,
     ),
-    Panel("Speed", (("tokens_per_s", "tokens/s"),), Scale("tokens/s", from_zero=True)),
-    Panel("MFU", (("mfu", "MFU"),), Scale("% of the matmul peak", percent=True, from_zero=True)),
+    Panel("Speed", (("tokens_per_s", "tokens/s"),), AxisScale("tokens/s", from_zero=True)),
+    Panel("MFU", (("mfu", "MFU"),), AxisScale("% of the matmul peak", percent=True, from_zero=True)),
     Panel(
         "Balance of experts",
         (("max_violation", "MaxVio"),),
-        Scale("MaxVio"),
+        AxisScale("MaxVio"),
         smooth=True,
         remark="The largest load over the mean load, minus 1, averaged over layers; 0 is perfect balance.",
     ),
-    Panel("Balance loss", (("balance_loss", "balance loss"),), Scale("Σ f P, without α"), smooth=True),
+    Panel("Balance loss", (("balance_loss", "balance loss"),), AxisScale("Σ f P, without α"), smooth=True),
 )
 SMOOTHED = "Faint: each step; strong: mean of a fiftieth of the run."
 
@@ -113,7 +113,7 @@ def _draw(panel: Panel, runs: Sequence[RunRecord], name: str, axis: str) -> Char
             curve = run.metrics.curves.get(field)
             if curve is not None and np.isfinite(curve.values).any():
                 several = len(runs) > 1
-                lines.append(Line(run.label if several else label, curve, run_number if several else field_number))
+                lines.append(ChartLine(run.label if several else label, curve, run_number if several else field_number))
     if not lines:
         return None
     # of several runs, nobody could tell whose mark it is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from abyssal.report.shapes import GRID, SERIES, Shapes
+from abyssal.report.svg_canvas import GRID, SERIES, SvgCanvas
 
 Rows = Sequence[Sequence[float]]
 
@@ -26,7 +26,7 @@ def draw_placement(layers: Sequence[str], before: Rows, after: Rows) -> str:
     """
     worst = max(range(len(layers)), key=lambda layer: _relative(before[layer])[0])
     bottom = TOP + len(layers) * ROW
-    shapes = Shapes(
+    shapes = SvgCanvas(
         LEFT + WIDTH + 20, bottom + FOOT + 40 + CURVE_HEIGHT + FOOT, "load of GPUs before and after placement"
     )
     shapes.text(LEFT, 14, "Busiest GPU over the mean GPU, each layer", size=13)
@@ -39,7 +39,7 @@ def draw_placement(layers: Sequence[str], before: Rows, after: Rows) -> str:
     return shapes.svg()
 
 
-def _dumbbells(shapes: Shapes, layers: Sequence[str], pairs: Sequence[tuple[float, float]], bottom: float) -> None:
+def _dumbbells(shapes: SvgCanvas, layers: Sequence[str], pairs: Sequence[tuple[float, float]], bottom: float) -> None:
     """Draw a line a layer, from its worst GPU before to that after, on an axis that starts at the mean, 1."""
     most = max(2.0, *(value for pair in pairs for value in pair))
     scale = WIDTH / math.log(most)
@@ -58,7 +58,7 @@ def _dumbbells(shapes: Shapes, layers: Sequence[str], pairs: Sequence[tuple[floa
         shapes.box(left - 3, middle - 3, 6, 6, AFTER, hint=f"layer {name}, after: {new:.3f}×")
 
 
-def _curves(shapes: Shapes, before: Sequence[float], after: Sequence[float], top: float) -> None:
+def _curves(shapes: SvgCanvas, before: Sequence[float], after: Sequence[float], top: float) -> None:
     """Draw the sorted loads of all GPUs as two steps, with the mean as a line."""
     most = max(1.2, *before, *after)
     bottom = top + CURVE_HEIGHT
@@ -77,7 +77,7 @@ def _curves(shapes: Shapes, before: Sequence[float], after: Sequence[float], top
     shapes.text(LEFT + WIDTH / 2, bottom + 14, f"{len(before)} GPUs", anchor="middle")
 
 
-def _legend(shapes: Shapes, middle: float) -> None:
+def _legend(shapes: SvgCanvas, middle: float) -> None:
     for left, series, name in ((LEFT, BEFORE, "before: experts in order, none copied"), (LEFT + 270, AFTER, "after")):
         shapes.box(left, middle - 5, 10, 10, series)
         shapes.text(left + 15, middle, name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.errors import UsageError, nearest
-from abyssal.report.metrics import Metrics, read_metrics
+from abyssal.report.metrics import RunMetrics, read_metrics
 
 RECIPE, METRICS, SAMPLES = "recipe.toml", "metrics.jsonl", "samples.jsonl"
 
@@ -31,7 +31,7 @@ class RunRecord:
     label: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: RunMetrics = field(default_factory=RunMetrics)
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()
 

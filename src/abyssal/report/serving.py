@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from abyssal import __version__
-from abyssal.report.charts import HEIGHT, blank_figure, settings, svg_text
-from abyssal.report.svg import SERIES, WARNING, inline
+from abyssal.report.charts import HEIGHT, blank_figure, drawing_settings, svg_text
+from abyssal.report.inline_svg import SERIES, WARNING, inline
+from abyssal.report.template import render_template
 
-MOST_POINTS = 400  # of a curve; a distribution keeps its ends
+MAX_POINTS = 400  # of a curve; a distribution keeps its ends
 
 
 @dataclass(frozen=True)
@@ -39,24 +37,17 @@ class ServingRecord:
 
 
 def render_serving_page(record: ServingRecord) -> str:
-    """Return one HTML page that needs nothing from outside and runs no script; all text in it is escaped."""
-    folder = resources.files("abyssal.report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((folder / "serving.html").read_text(encoding="utf-8"))
-    style = Markup((folder / "page.css").read_text(encoding="utf-8"))
+    """Return the page about a measurement."""
     charts = [(title, Markup(svg)) for title, svg in _charts(record)]
-    text = template.render(record=record, charts=charts, style=style, version=__version__)
-    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+    return render_template("serving.html", record=record, charts=charts)
 
 
 def draw_distribution(name: str, values: Sequence[float], quantity: str) -> str:
     """Return how many of the values [s] are below each time, as SVG for the inside of a page."""
     ordered = np.sort(np.asarray(values)) * 1000
     shares = np.arange(1, len(ordered) + 1) / len(ordered)
-    kept = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), MOST_POINTS)).round().astype(int))
-    with settings(name):
+    kept = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), MAX_POINTS)).round().astype(int))
+    with drawing_settings(name):
         figure, axes = blank_figure(HEIGHT)
         axes.step([ordered[0], *ordered[kept]], [0, *(100 * shares[kept])], where="post", color=SERIES[0])
         for quantile in (50, 99):
@@ -69,7 +60,7 @@ def draw_distribution(name: str, values: Sequence[float], quantity: str) -> str:
 
 def draw_course(name: str, courses: Sequence[tuple[float, float, float]], failed: Sequence[float]) -> str:
     """Return each request's time to its first text and to its end over when it was due, as SVG."""
-    with settings(name):
+    with drawing_settings(name):
         figure, axes = blank_figure(HEIGHT)
         if courses:
             due, first, end = zip(*courses, strict=True)

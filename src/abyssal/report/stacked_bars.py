@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from abyssal.report.shapes import SOFT, Shapes
+from abyssal.report.svg_canvas import SOFT, SvgCanvas
 
 ROW, GAP, LEFT, TOP, FOOT, PLOT, RIGHT = 20.0, 5.0, 62.0, 6.0, 26.0, 620.0, 56.0
 CHARACTER = 6.5
@@ -21,7 +21,7 @@ def draw_stacked_bars(
     most = max([limit or 0.0, *(sum(parts.values()) for _, parts in rows)]) or 1.0
     legend = _legend_rows(names)
     bottom = TOP + len(rows) * (ROW + GAP)
-    shapes = Shapes(LEFT + PLOT + RIGHT, bottom + FOOT + 18 * len(legend), description)
+    shapes = SvgCanvas(LEFT + PLOT + RIGHT, bottom + FOOT + 18 * len(legend), description)
     scale = PLOT / most
     for number, (label, parts) in enumerate(rows):
         top, left = TOP + number * (ROW + GAP), LEFT

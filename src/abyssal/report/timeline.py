@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from abyssal.report.shapes import Shapes
+from abyssal.report.svg_canvas import SvgCanvas
 
 ROW, GAP, LEFT, TOP, FOOT = 22.0, 4.0, 58.0, 30.0, 30.0
 #: All boxes but the shortest tenth are at least so wide, so that their numbers can be read; then the whole picture.
-BOX_WIDTH, LEAST_WIDTH, MOST_WIDTH = 18.0, 640.0, 12_000.0
+BOX_WIDTH, MIN_WIDTH, MAX_WIDTH = 18.0, 640.0, 12_000.0
 CHARACTER = 6.5
 #: The series of the page that colours each kind of action, and what the legend calls it.
 KINDS = {
@@ -55,9 +55,9 @@ def draw_timeline(boxes: Sequence[TimelineBox], *, description: str, unit: str =
     end = max((box.end for box in boxes), default=0.0) or 1.0
     lengths = sorted(box.end - box.start for box in boxes) or [end]
     short = lengths[len(lengths) // 10] or end
-    plot = min(MOST_WIDTH, max(LEAST_WIDTH, BOX_WIDTH * end / short))
+    plot = min(MAX_WIDTH, max(MIN_WIDTH, BOX_WIDTH * end / short))
     bottom = TOP + rows * (ROW + GAP)
-    shapes = Shapes(LEFT + plot + 12, bottom + FOOT, description)
+    shapes = SvgCanvas(LEFT + plot + 12, bottom + FOOT, description)
     _draw_legend(shapes, {box.kind for box in boxes}, two_ways=any(box.direction for box in boxes))
     for row in range(rows):
         shapes.text(LEFT - 8, TOP + row * (ROW + GAP) + ROW / 2, f"rank {row}", anchor="end")
@@ -70,7 +70,7 @@ def draw_timeline(boxes: Sequence[TimelineBox], *, description: str, unit: str =
     return shapes.svg()
 
 
-def _draw_box(shapes: Shapes, box: TimelineBox, scale: float) -> None:
+def _draw_box(shapes: SvgCanvas, box: TimelineBox, scale: float) -> None:
     top, height = TOP + box.row * (ROW + GAP), ROW
     if box.lane:
         top, height = top + (box.lane - 1) * ROW / 2, ROW / 2
@@ -81,7 +81,7 @@ def _draw_box(shapes: Shapes, box: TimelineBox, scale: float) -> None:
         shapes.text(left + width / 2, top + height / 2, box.label, anchor="middle", size=9 if box.lane else 11, on=True)
 
 
-def _draw_legend(shapes: Shapes, kinds: set[str], *, two_ways: bool) -> None:
+def _draw_legend(shapes: SvgCanvas, kinds: set[str], *, two_ways: bool) -> None:
     left = LEFT
     entries = [(series, name, 1.0) for kind, (series, name) in KINDS.items() if kind in kinds]
     if two_ways:

@@ -17,7 +17,7 @@ SERIES = tuple(
 )
 
 
-class Shapes:
+class SvgCanvas:
     """Collects shapes and texts in a coordinate system whose y axis points down."""
 
     def __init__(self, width: float, height: float, description: str) -> None:

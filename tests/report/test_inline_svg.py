@@ -1,6 +1,6 @@
 """A figure inside a page: nothing from outside, ids of its own, colours of the page."""
 
-from abyssal.report.svg import SERIES, inline
+from abyssal.report.inline_svg import SERIES, inline
 
 FILE = f"""<?xml version="1.0" encoding="utf-8" standalone="no"?>
 <svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" width="9pt" viewBox="0 0 9 9">
