@@ -106,6 +106,8 @@ def _run(
     again = ranks.first(lambda: folder.is_of_launch(ranks.launch.id, config))
     if again:
         console.print("started again by its launcher", highlight=False)
+    if not resume and not again:
+        return loop.start(config, folder.path, console, ranks)
     if resume:
         name = folder.resolved_config().name
         console.print(
@@ -113,10 +115,8 @@ def _run(
             highlight=False,
             markup=False,
         )
-    if resume or again:
-        changes = overrides if resume else []  # a run that was begun with them has them stored
-        return loop.resume(folder.path, console, changes, ranks, recipe=config, step_back=step_back or again)
-    return loop.start(config, folder.path, console, ranks)
+    changes = overrides if resume else []  # a run that was begun with them has them stored
+    return loop.resume(folder.path, console, changes, ranks, recipe=config, step_back=step_back or again)
 
 
 def _print_interruption(recipe: str, folder: RunFolder, world_size: int) -> None:
