@@ -76,19 +76,20 @@ def test_run_of_a_mixture_with_masked_documents_resumes_to_the_bit(
 
 def test_exported_directory_continues_the_same_text_in_transformers(small_run: RunConfig, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from abyssal.engine import SamplingParameters, generate, load_model
+    from abyssal.engine import Engine, Request, SamplingParameters, load_model
 
     path = loop.start(small_run, tmp_path / "run", SILENT)
     ours = load_model(path, dtype="float32")
     prompt = ours.encode_prompt("def value")
-    found = [t.id for t in generate(ours.model, prompt, SamplingParameters(max_new_tokens=24, temperature=0.0))]
+    request = Request(prompt, SamplingParameters(max_new_tokens=24, temperature=0.0), end_ids=frozenset())
+    continued = [output.token.id for output in Engine.of(ours).stream(request) if output.token is not None]
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     assert tokenizer("def value")["input_ids"] == prompt
     with torch.inference_mode():
         output = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=-1)
-    assert output[0, len(prompt) :].tolist() == found
+    assert output[0, len(prompt) :].tolist() == continued
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
