@@ -14,6 +14,8 @@ from abyssal.engine.paged_cache import PagedCacheView
 from abyssal.engine.sequence import SequenceState
 from abyssal.model import Context, Transformer
 
+pytestmark = pytest.mark.slow
+
 Build = Callable[..., Transformer]
 
 

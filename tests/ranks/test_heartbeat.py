@@ -23,6 +23,8 @@ from abyssal.ranks.heartbeat_process import MARK, HeartbeatProcess, Settings, is
 from abyssal.ranks.join import join
 from ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 SILENCE_S = 6.0
 WAY_OUT = "started again, the run goes on from its newest training state"
 
