@@ -51,6 +51,7 @@ def test_run_ends_with_a_model_directory_and_falling_loss(small_run: RunConfig, 
     assert [p.name for p in states(tmp_path / "run" / "checkpoints")] == ["step-00000009", "step-00000012"]
 
 
+@pytest.mark.slow
 def test_run_of_a_mixture_with_masked_documents_resumes_to_the_bit(
     small_run: RunConfig, corpus: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_interrupted_run_resumes_with_the_same_losses_to_the_bit(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_with_the_same_losses_to_the_bit(
     small_run: RunConfig, small_recipe: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +223,7 @@ except AbyssalError as error:
 """
 
 
+@pytest.mark.slow
 def test_write_that_fails_leaves_earlier_checkpoints_and_no_half_one(
     small_run: RunConfig, small_recipe: Path, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def cut(recipe: RunConfig, run: Path, monkeypatch: pytest.MonkeyPatch, call: int
             loop.start(recipe, run, SILENT)
 
 
+@pytest.mark.slow
 def test_average_of_the_weights_is_saved_scored_and_exported_and_resumes_to_the_bit(
     small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ def test_resumed_run_takes_what_may_change_says_it_and_keeps_it(
     assert "from here on" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_threads_may_change_with_a_warning(
     small_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
