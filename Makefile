@@ -24,10 +24,10 @@ demo: $(VENV)/.runtime ## train a small DeepSeek-V3 on this machine and let it c
 	@$(BIN)/abyssal demo $(ARGS)
 
 test: $(VENV)/.dev ## run the tests that need one process only: minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.dev ## run all tests: many ranks, restarts, servers and a browser too
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev ## format, lint, types and floors
 	@$(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from abyssal.engine import KeptCache, SamplingParameters, generate, use_latent_cache
+from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters, use_latent_cache
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
 from record import record
@@ -27,14 +27,14 @@ QUESTION, ANSWER = 60, 40
 def converse(model: Transformer, turns: int, keep: bool) -> list[float]:
     """Return the seconds to the first token of each turn."""
     draw = torch.Generator().manual_seed(0)
-    kept, text, seconds = KeptCache(model), [0], []
+    engine, text, seconds = Engine(model, EngineOptions.single_stream(share_prefixes=keep)), [0], []
     for _ in range(turns):
         text += torch.randint(3, model.config.vocab_size, (QUESTION,), generator=draw).tolist()
         begin = time.perf_counter()
-        tokens = generate(model, text, SamplingParameters(ANSWER, temperature=0), (), kept if keep else None)
-        answer = [next(tokens).id]
+        outputs = engine.stream(Request(text, SamplingParameters(ANSWER, temperature=0)))
+        answer = [next(outputs)]
         seconds.append(time.perf_counter() - begin)
-        text += answer + [token.id for token in tokens]
+        text += [output.token.id for output in (*answer, *outputs) if output.token]
     return seconds
 
 

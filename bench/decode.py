@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from abyssal.config import ModelConfig
-from abyssal.engine import ContiguousLatentCache, prepare_for_inference
+from abyssal.engine import prepare_for_inference
+from abyssal.engine.paged_cache import PagedLatentCache, TokenRange
 from abyssal.machine.describe import available_cores
 from abyssal.machine.matmul_speed import measure_matmul
 from abyssal.model import Transformer, initialise
@@ -61,11 +62,15 @@ class Abyssal:
         prepare_for_inference(self.model)
 
     def start(self, sequences: int, capacity: int) -> None:
-        self.cache = ContiguousLatentCache(self.model.config, capacity, sequences, self.model.compute_dtype)
+        size = -(-capacity // 64) * 64
+        self.cache = PagedLatentCache(self.model.config, sequences, size, self.model.compute_dtype, "cpu")
+        self.length = 0
 
     def feed(self, tokens: Tensor) -> Tensor:
         n, t = tokens.shape
-        hidden = self.model(tokens.flatten(), self.cache.begin((t,) * n))  # [N*t, D]
+        ranges = [TokenRange([sequence], self.length, t) for sequence in range(n)]  # a page each
+        hidden = self.model(tokens.flatten(), self.cache.begin(ranges))  # [N*t, D]
+        self.length += t
         return self.model.logits(hidden[t - 1 :: t])
 
 

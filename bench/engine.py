@@ -6,7 +6,7 @@
 Models have random weights, so that drafts are hardly accepted: `batch` is without them and tells what a pass costs.
 
 - batch: a model of the demo's shape, prompts of 32 tokens, 1 and 8 requests at a time; tokens a second and request
-  while all of them decode; baseline: `abyssal.engine.generate`, one request.
+  while all of them decode; baseline: bare passes of the model over the cache and their argmax, one sequence.
 - context: shape S, one request; a decoding step at context 2,000 against one at context 64.
 - prefix: a model of the demo's shape, prompts of 1,000 equal and 8 other tokens; time to the first token of the second
   request against that of the first.
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from abyssal.config import ModelConfig, load_recipe
-from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters, generate, prepare_for_inference
+from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters, prepare_for_inference
+from abyssal.engine.paged_cache import PagedLatentCache, TokenRange
 from abyssal.machine.describe import available_cores
 from abyssal.model import Transformer, initialise
 from abyssal.ops.kernels import choose_kernels
@@ -69,15 +70,25 @@ def decoding_seconds(engine: Engine, prompts: list[list[int]], steps: int) -> fl
     return statistics.median(times[2:])
 
 
+@torch.inference_mode()
+def bare_seconds(model: Transformer, ids: list[int], steps: int) -> float:
+    """Return the median seconds of a pass over one token, with its argmax."""
+    cache = PagedLatentCache(model.config, 1, len(ids) + steps, model.compute_dtype, CPU)
+    start, pending, times = 0, ids, []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        hidden = model(torch.tensor(pending), cache.begin([TokenRange([0], start, len(pending))]))
+        start, pending = start + len(pending), [int(model.logits(hidden[-1:]).argmax())]
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[3:])
+
+
 def batch(rounds: int) -> dict[str, Any]:
-    """Decode at 1 and 8 requests, and by the plain generator."""
+    """Decode at 1 and 8 requests, and in bare passes of the model."""
     model = build(demo_shape(), torch.float32)
     rates: dict[str, list[float]] = {}
     for _ in range(rounds):
-        begin = 0.0
-        for number, _ in enumerate(generate(model, prompt(32, 0), greedy(100))):
-            begin = begin or time.perf_counter() * (number == 3)
-        rates.setdefault("generate", []).append(96 / (time.perf_counter() - begin))
+        rates.setdefault("bare passes", []).append(1 / bare_seconds(model, prompt(32, 0), 100))
         for requests in (1, 8):
             engine = Engine(model, EngineOptions(num_drafts=0))
             seconds = decoding_seconds(engine, [prompt(32, n) for n in range(requests)], 100)

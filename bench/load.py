@@ -87,8 +87,8 @@ def first_logits(name: str, folder: Path) -> dict[str, Any]:
     """Load with one candidate, and return its times [s], its memory and its last logits."""
     begin = time.perf_counter()
     if name == "abyssal":
-        from abyssal.engine import ContiguousLatentCache, load_model
-        from abyssal.engine.generate import next_logits
+        from abyssal.engine import load_model
+        from abyssal.engine.paged_cache import PagedLatentCache, TokenRange
     else:
         import transformers
         from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: F401 - imported lazily otherwise
@@ -96,8 +96,10 @@ def first_logits(name: str, folder: Path) -> dict[str, Any]:
     if name == "abyssal":
         loaded = load_model(folder)
         ready = time.perf_counter()
-        cache = ContiguousLatentCache(loaded.config, len(PROMPT), dtype=loaded.model.compute_dtype)
-        logits = next_logits(loaded.model, torch.tensor(PROMPT), cache)
+        cache = PagedLatentCache(loaded.config, 1, len(PROMPT), loaded.model.compute_dtype, "cpu")
+        with torch.inference_mode():
+            hidden = loaded.model(torch.tensor(PROMPT), cache.begin([TokenRange([0], 0, len(PROMPT))]))
+            logits = loaded.model.logits(hidden[-1:])[0]
     else:
         transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

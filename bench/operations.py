@@ -71,7 +71,10 @@ CASES: dict[str, dict[tuple[Purpose, str], Callable[[Draw], Case]]] = {
         ("decode", "1 row"): lambda draw: ([draw(1, 512), draw(768, 512)], (0, 1)),
         ("decode", "32 rows"): lambda draw: ([draw(32, 512), draw(768, 512)], (0, 1)),
     },
-    "experts": {("train", "32,768 rows"): lambda draw: experts(draw, 32768)},
+    "experts": {
+        ("train", "32,768 rows"): lambda draw: experts(draw, 32768),
+        ("decode", "256 rows"): lambda draw: experts(draw, 256),
+    },
     "cross_entropy": {("train", "4,096 tokens"): lambda draw: log_probabilities(draw, 4096)},
     "log_probabilities": {
         ("train", "4,096 tokens"): lambda draw: log_probabilities(draw, 4096),
@@ -83,7 +86,7 @@ CASES: dict[str, dict[tuple[Purpose, str], Callable[[Draw], Case]]] = {
         ("decode", "32 rows"): lambda draw: ([draw(32, 512), 1 + draw(512)], (0, 1)),
     },
 }
-PREPARED = {"linear": (1,)}
+PREPARED = {"linear": (1,), "experts": (3, 4)}
 
 
 def to(argument: Any, dtype: torch.dtype) -> Any:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "deploy" / "slurm.sh"
 #: Programs of a cluster: what they are asked is written down, and the command behind `srun` is run.

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from abyssal.cli.main import main
-from abyssal.engine import Engine, SamplingParameters, batch, load, load_model, stream_text
+from abyssal.engine import Engine, SamplingParameters, batch, load, load_model
 from abyssal.text.chat_template import ChatTemplate
+from engine.oracle import generate_text
 
 Capture = pytest.CaptureFixture[str]
 WORDS = ("def", "f(x)", "return", "x", "* x", "naïve", "if", "\n")
@@ -73,7 +74,7 @@ def alone(folder: Path, lines: list[dict[str, Any]], defaults: SamplingParameter
             ids = loaded.encode_prompt(line["prompt"])
         else:
             ids = loaded.tokenizer.encode(template.render(line["messages"], add_generation_prompt=True))
-        texts.append("".join(chunk.text for chunk in stream_text(loaded, ids, parameters)))
+        texts.append("".join(chunk.text for chunk in generate_text(loaded, ids, parameters)))
     return texts
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from abyssal.cli.main import main
-from abyssal.engine import Conversation, SamplingParameters, load_model
-from abyssal.engine.text_stream import Chunk
+from abyssal.engine import Conversation, Engine, Output, Request, SamplingParameters, load_model
 from abyssal.text.chat_template import ChatTemplate
 
 Capture = pytest.CaptureFixture[str]
@@ -143,19 +142,17 @@ def test_a_model_without_a_chat_template_is_refused(pipe: Pipe, model_folder: Pa
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    from abyssal.engine import conversation
+    stream, stop_after = Engine.stream, [4, 0, 99]
 
-    stream, stop_after = conversation.stream_text, [4, 0, 99]
-
-    def interrupted(*arguments: object) -> Iterator[Chunk]:
+    def interrupted(engine: Engine, request: Request) -> Iterator[Output]:
         limit = stop_after.pop(0)
-        for taken, chunk in enumerate(stream(*arguments)):  # type: ignore[arg-type]
+        for taken, output in enumerate(stream(engine, request)):
             if taken == limit:
                 raise KeyboardInterrupt
-            yield chunk
+            yield output
 
     whole = pipe("x\n", *GREEDY)[1]
-    monkeypatch.setattr(conversation, "stream_text", interrupted)
+    monkeypatch.setattr(Engine, "stream", interrupted)
     code, out, err = pipe("x\ny\n/reset\nx\n", *GREEDY)
     assert code == 0
     assert "(stopped; the answer so far stays in the conversation)" in err

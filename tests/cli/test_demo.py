@@ -13,6 +13,8 @@ import pytest
 from abyssal.demo.story import PROMPTS
 from abyssal.train import loop
 
+pytestmark = pytest.mark.slow
+
 Call = Callable[..., Any]
 
 SMALL = {

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from abyssal.cli.main import main
-from abyssal.engine import SamplingParameters, load_model, stream_text
+from abyssal.engine import SamplingParameters, load_model
+from engine.oracle import generate_text
 
 Capture = pytest.CaptureFixture[str]
 
@@ -21,7 +22,7 @@ def continuation(model_folder: Path) -> Callable[..., str]:
     loaded = load_model(model_folder)
 
     def text(prompt: str, parameters: SamplingParameters, *, bos: bool = True) -> str:
-        return "".join(chunk.text for chunk in stream_text(loaded, loaded.encode_prompt(prompt, bos=bos), parameters))
+        return "".join(chunk.text for chunk in generate_text(loaded, loaded.encode_prompt(prompt, bos=bos), parameters))
 
     return text
 
@@ -155,7 +156,7 @@ def test_a_suffix_makes_a_gap_that_the_model_fills(model_folder: Path, capsys: C
     special = [loaded.tokenizer.encode(name)[0] for name in ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")]
     prompt = [0, special[0], *ids("def f<｜User｜>"), special[1], *ids("return é"), special[2]]
     parameters = SamplingParameters(12, temperature=0)
-    wanted = "".join(chunk.text for chunk in stream_text(loaded, prompt, parameters))
+    wanted = "".join(chunk.text for chunk in generate_text(loaded, prompt, parameters))
     options = ["--prompt", "def f<｜User｜>", "--suffix", "return é", "--temperature", "0", "--max-new-tokens", "12"]
     assert main(["generate", str(model_folder), *options]) == 0
     out, err = capsys.readouterr()
@@ -171,7 +172,7 @@ def test_the_middle_ends_where_a_text_does(model_folder: Path, capsys: Capture, 
     loaded = load_model(model_folder)
     tokens = [
         chunk.token.id
-        for chunk in stream_text(loaded, loaded.encode_gap("a", "b"), SamplingParameters(20, temperature=0))
+        for chunk in generate_text(loaded, loaded.encode_gap("a", "b"), SamplingParameters(20, temperature=0))
     ]
     place = next(place for place in range(1, 20) if tokens[place] not in tokens[:place])
     middle = loaded.tokenizer.decode(tokens[:place], skip_special=False)

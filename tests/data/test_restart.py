@@ -11,6 +11,8 @@ from abyssal.data import encode
 from abyssal.data.manifest import MANIFEST_NAME
 from abyssal.data.prepare import UNFINISHED, prepare
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 300
 #: Prepares data, and kills itself without a warning as file number sys.argv[3] gets its name.
 PROGRAM = """

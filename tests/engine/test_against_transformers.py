@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from abyssal.config import RopeScaling
-from abyssal.engine import SamplingParameters, generate, load_model
+from abyssal.engine import SamplingParameters, load_model
+from engine.oracle import single_stream
 
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
 PROMPT = [5, 17, 203, 80, 41, 9, 66, 250, 12]
@@ -44,6 +45,6 @@ def test_greedy_generation_equals_that_of_transformers(
         pad_token_id=2,
     )[0, len(PROMPT) :].tolist()
     loaded = load_model(folder, dtype="float32")
-    found = [t.id for t in generate(loaded.model, PROMPT, SamplingParameters(NEW_TOKENS, temperature=0))]
+    found = [t.id for t in single_stream(loaded.model, PROMPT, SamplingParameters(NEW_TOKENS, temperature=0))]
     assert found == wanted
     assert len(set(found)) > 3, "a model that repeats itself proves little"

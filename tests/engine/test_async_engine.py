@@ -21,11 +21,12 @@ from abyssal.engine import (
     OutputStream,
     QueueFullError,
     Request,
+    RequestFailedError,
     SamplingParameters,
-    generate,
 )
 from abyssal.errors import ModelDirectoryError, UsageError
 from abyssal.model import Transformer
+from engine.oracle import generate
 
 Build = Callable[..., Transformer]
 GREEDY = SamplingParameters(12, temperature=0)
@@ -177,34 +178,129 @@ def test_a_step_that_fails_ends_all_requests_and_the_next_ones_are_served(
     within_seconds(scenario())
 
 
-def test_a_fault_of_one_request_ends_that_one(model: Transformer) -> None:
-    class Moody:
-        def __init__(self) -> None:
-            self.left = 3
+class PanicError(BaseException):
+    """What a native library raises where it meets a defect of its own: no Exception (pyo3's PanicException)."""
 
-        def allowed(self) -> torch.Tensor | None:
-            return None
 
-        def advance(self, token: int) -> None:
-            self.left -= 1
-            if not self.left:
-                raise UsageError("grammar: had enough")
+class Failing:
+    """Raises at one of its calls."""
 
-    def refuse() -> Moody:
-        raise UsageError("grammar: cannot be")
+    def __init__(self, error: BaseException, at: str) -> None:
+        self.error, self.at, self.left = error, at, 3
+
+    def allowed(self) -> torch.Tensor | None:
+        if self.at == "allowed" and self.left == 1:
+            raise self.error
+        return torch.zeros(97, dtype=torch.bool) if self.at == "bars all" and self.left == 1 else None
+
+    def advance(self, token: int) -> None:
+        self.left -= 1
+        if self.at == "advance" and not self.left:
+            raise self.error
+
+
+@pytest.mark.parametrize("at", ["made", "allowed", "advance", "bars all"])
+@pytest.mark.parametrize(
+    ("error", "caught", "message"),
+    [
+        (UsageError("grammar: had enough"), UsageError, "had enough"),
+        (ValueError("no"), RequestFailedError, r"what this request asks of its tokens failed \(ValueError: no\)"),
+        (PanicError("no"), RequestFailedError, r"what this request asks of its tokens failed \(PanicError: no\)"),
+    ],
+    ids=["ours", "an exception", "a panic"],
+)
+def test_a_fault_of_one_request_ends_that_one(
+    model: Transformer, error: BaseException, caught: type[Exception], message: str, at: str
+) -> None:
+    def constraint() -> Failing:
+        if at == "made":
+            raise error
+        return Failing(error, at)
 
     async def scenario() -> None:
         engine = Engine(model, OPTIONS)
         async with AsyncEngine(engine) as driver:
             kept = driver.submit(Request([5, 6], GREEDY))
-            broken = driver.submit(Request([5, 7], GREEDY, constraint=Moody))
-            with pytest.raises(UsageError, match="had enough"):
+            broken = driver.submit(Request([5, 7], GREEDY, 2, constraint=constraint))
+            expected = (UsageError, "allows no token") if at == "bars all" else (caught, message)
+            with pytest.raises(expected[0], match=expected[1]):
                 await ids_of(broken)
-            with pytest.raises(UsageError, match="cannot be"):
-                await ids_of(driver.submit(Request([5, 7], GREEDY, constraint=refuse)))
-            assert len(await ids_of(kept)) == 12
+            assert await ids_of(kept) == [token.id for token in generate(model, [5, 6], GREEDY)]
+            assert len(await ids_of(driver.submit(Request([5, 7], GREEDY)))) == 12
+            assert driver.failure is None
             assert await driver.drain(30)
+        engine.check_integrity()
         assert engine.statistics().num_pages_used == 0
+
+    within_seconds(scenario())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("no"), PanicError("no")], ids=["an exception", "a panic"])
+def test_after_a_failed_step_the_engine_says_so_until_one_succeeds(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr("abyssal.engine.async_engine.PROBE_S", 0.01)
+
+    def failing(*_: object) -> None:
+        raise error
+
+    async def scenario() -> None:
+        engine = Engine(model, OPTIONS)
+        async with AsyncEngine(engine) as driver:
+            with monkeypatch.context() as patch:
+                patch.setattr(Transformer, "logits", failing)
+                with pytest.raises(EngineFailedError, match=r"step failed .*; send the request again"):
+                    await ids_of(driver.submit(Request([5, 8], GREEDY)))
+                await asyncio.sleep(0.1)  # it tries itself, and fails
+                assert "step failed" in str(driver.failure)
+            await until(lambda: driver.failure is None)
+            assert not driver.has_ended
+            assert await ids_of(driver.submit(Request([5, 8], GREEDY))) == [
+                token.id for token in generate(model, [5, 8], GREEDY)
+            ]
+        engine.check_integrity()
+        assert engine.statistics().num_pages_used == 0
+
+    within_seconds(scenario())
+
+
+def test_an_engine_whose_state_is_broken_ends_and_takes_no_request(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        engine = Engine(model, OPTIONS)
+        async with AsyncEngine(engine) as driver:
+            stream = driver.submit(Request([5, 6], SamplingParameters(60, temperature=0)))
+            await anext(stream)
+            engine._pool._num_empty += 1  # what a restart finds
+            monkeypatch.setattr(Transformer, "logits", lambda model, h: 1 / 0)
+            with pytest.raises(EngineFailedError):
+                await ids_of(stream)
+            await until(lambda: driver.has_ended)
+            assert "the engine has ended" in str(driver.failure)
+            with pytest.raises(DrainingError, match="about to stop"):
+                driver.submit(Request([1], GREEDY))
+
+    within_seconds(scenario())
+
+
+def test_what_asks_the_process_to_end_ends_the_engine(model: Transformer) -> None:
+    def leave() -> Failing:
+        raise SystemExit(3)
+
+    async def scenario() -> None:
+        async with AsyncEngine(Engine(model, OPTIONS)) as driver:
+            kept = driver.submit(Request([5, 6], SamplingParameters(60, temperature=0)))
+            await anext(kept)
+            for stream in (driver.submit(Request([5, 7], GREEDY, constraint=leave)), kept):
+                with pytest.raises(EngineFailedError, match=r"SystemExit.*the engine has ended"):
+                    await ids_of(stream)
+            assert driver.has_ended
 
     within_seconds(scenario())
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from abyssal.engine import Conversation, LoadedModel, SamplingParameters, Speculation, load, load_model, stream_text
+from abyssal.engine import Conversation, LoadedModel, SamplingParameters, load, load_model
 from abyssal.errors import UsageError
 from abyssal.text.chat_template import ChatTemplate
 from abyssal.text.special_tokens import ASSISTANT, BOS, EOS, USER
+from engine.oracle import generate_text
 
 Talk = Callable[..., Conversation]
 
@@ -43,14 +44,13 @@ def test_each_answer_is_what_the_whole_text_gives_to_a_fresh_cache(
     loaded: LoadedModel, talk: Talk, drafts: int, temperature: float
 ) -> None:
     parameters = SamplingParameters(12, temperature=temperature, seed=40)
-    speculation = Speculation(drafts) if drafts else None
-    conversation = talk(parameters, system="Größe x", speculation=speculation)
+    conversation = talk(parameters, system="Größe x", num_drafts=drafts)
     text, reused, said = f"{BOS}Größe x", [], []
     for turn in range(5):
         question = "".join(random.choices("def f(x): 大é\n", k=turn + 3))
         text += f"{USER}{question}{ASSISTANT}"
         same = SamplingParameters(12, temperature=temperature, seed=40 + turn)
-        chunks = list(stream_text(loaded, loaded.tokenizer.encode(text), same))
+        chunks = list(generate_text(loaded, loaded.tokenizer.encode(text), same))
         wanted = "".join(chunk.text for chunk in chunks)
         assert answer(conversation, question) == wanted
         said.append(len(chunks))
@@ -61,8 +61,8 @@ def test_each_answer_is_what_the_whole_text_gives_to_a_fresh_cache(
         # what drafts takes a prompt in behind the answer's first token, which may be its last
         assert before < after or (drafts and tokens == 1 and before == after)
     assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 5]
-    if speculation:
-        assert speculation.passes > 0
+    if drafts:
+        assert conversation.engine.draft_statistics.passes > 0
 
 
 def test_reset_forgets_all_but_the_system_prompt(talk: Talk) -> None:
@@ -82,7 +82,7 @@ def test_an_answer_that_is_left_stays_as_far_as_it_was_taken(loaded: LoadedModel
         taken += next(chunks).text
     assert conversation.messages[-1] == {"role": "assistant", "content": taken}
     text = f"{BOS}{USER}def{ASSISTANT}{taken}{EOS}{USER}x{ASSISTANT}"
-    wanted = stream_text(loaded, loaded.tokenizer.encode(text), SamplingParameters(30, temperature=0))
+    wanted = generate_text(loaded, loaded.tokenizer.encode(text), SamplingParameters(30, temperature=0))
     assert answer(conversation, "x") == "".join(chunk.text for chunk in wanted)
 
 
@@ -90,7 +90,7 @@ def test_a_question_whose_answer_never_began_is_taken_back(talk: Talk) -> None:
     conversation = talk(SamplingParameters(30, temperature=0))
     _, chunks = conversation.ask("def")
     assert conversation.messages == []
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     assert conversation.messages == []
 
 

@@ -13,18 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abyssal.config import ModelConfig, RopeScaling
-from abyssal.engine import (
-    SamplingParameters,
-    Speculation,
-    generate,
-    generate_speculatively,
-    prepare_for_inference,
-)
-from abyssal.engine.drafter import BatchDrafter
-from abyssal.engine.engine import Engine, EngineOptions
-from abyssal.engine.request import Output, Request, SequenceState
-from abyssal.engine.speculate import MTPDrafter
+from abyssal.engine import Engine, EngineOptions, Output, Request, SamplingParameters, prepare_for_inference
+from abyssal.engine.drafter import MTPDrafter
+from abyssal.engine.sequence import SequenceState
 from abyssal.model import Transformer
+from abyssal.ops.kernels import choose_kernels
+from engine.oracle import generate
 
 Build = Callable[..., Transformer]
 VOCABULARY = 97
@@ -85,6 +79,7 @@ def world(request: pytest.FixtureRequest, tiny_config: ModelConfig, build: Build
     if request.param != SERVED:
         return World(build(tiny_config.model_copy(update=SHAPES[request.param]), seed=8))
     model = build(tiny_config, seed=8, dtype=torch.float32, cached=False)
+    model.kernels = choose_kernels(torch.device("cpu"), torch.float32, "decode")
     prepare_for_inference(model)
     return World(model)
 
@@ -99,7 +94,7 @@ def pages(engine_model: Transformer, count: int, page_tokens: int) -> int:
 class StubDrafter:
     """Lets the modules run all the same, then puts other drafts in the place of theirs."""
 
-    def __init__(self, inner: BatchDrafter, rule: Callable[[int, int], int], future: Mapping[int, list[int]]) -> None:
+    def __init__(self, inner: MTPDrafter, rule: Callable[[int, int], int], future: Mapping[int, list[int]]) -> None:
         self.inner, self.rule, self.future = inner, rule, future
 
     def draft(self, wanted: Mapping[SequenceState, int]) -> None:
@@ -327,22 +322,16 @@ def test_bfloat16_parts_from_plain_generation_only_where_two_tokens_are_nearly_e
 def test_drafts_are_those_of_a_single_text_however_it_is_cut_shared_or_preempted(
     tiny_config: ModelConfig, build: Build, modules: int, drafts: int
 ) -> None:
-    """In float64, against the drafter of a single text, which is held against what the modules see in training."""
+    """In float64, against an engine with one sequence, which is held against what the modules see in training."""
     model = build(tiny_config.model_copy(update={"num_nextn_predict_layers": modules}))
     seen: dict[tuple[int, ...], list[int]] = {}
-    plain = MTPDrafter.draft
-
-    def watch(drafter: MTPDrafter, count: int) -> list[int]:
-        made = plain(drafter, count)
-        if made:
-            seen[tuple(drafter._tokens)] = made
-        return made
-
     parameters = SamplingParameters(16, temperature=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MTPDrafter, "draft", watch)
-        for prompt in PROMPTS:
-            list(generate_speculatively(model, prompt, parameters, (), Speculation(drafts)))
+    for prompt in PROMPTS:
+        engine = Engine(model, EngineOptions.single_stream(drafts))
+        engine.add(Request(prompt, parameters))
+        while engine.has_work:
+            engine.step()
+            seen |= {tuple(sequence.tokens): sequence.drafts for sequence in engine._scheduler.running}
     compared = 0
     for num_pages, step_tokens in ((18, 11), (60, 50)):
         engine = Engine(

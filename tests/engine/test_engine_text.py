@@ -17,14 +17,13 @@ from abyssal.engine import (
     Output,
     Request,
     SamplingParameters,
-    generate,
     load_model,
-    stream_text,
 )
-from abyssal.engine.request import SequenceState
+from abyssal.engine.sequence import SequenceState
 from abyssal.errors import UsageError
 from abyssal.model import Context, Transformer
 from abyssal.ops.routing import affinities, choose_experts
+from engine.oracle import generate, generate_text
 
 Build = Callable[..., Transformer]
 SMALL = EngineOptions(page_tokens=4, max_running=4, max_step_tokens=24, adapt_drafts=False)
@@ -60,7 +59,7 @@ def always_right(engine: Engine, future: Mapping[int, list[int]]) -> None:
 @pytest.mark.parametrize("drafts", [0, 4])
 def test_stop_strings_end_each_text_as_they_end_it_alone(loaded: LoadedModel, drafts: int) -> None:
     prompts = [loaded.encode_prompt(text) for text in ("def f", "return x", "x")]
-    free = [list(stream_text(loaded, ids, SamplingParameters(30, temperature=0))) for ids in prompts]
+    free = [list(generate_text(loaded, ids, SamplingParameters(30, temperature=0))) for ids in prompts]
     options = EngineOptions(page_tokens=4, max_running=4, num_drafts=drafts, adapt_drafts=False)
     engine = Engine.of(loaded, options)
     asked: dict[int, tuple[list[int], SamplingParameters]] = {}
@@ -75,7 +74,7 @@ def test_stop_strings_end_each_text_as_they_end_it_alone(loaded: LoadedModel, dr
             future[request_id] = [chunk.token.id for chunk in chunks]
     told = run(engine)
     for request_id, (ids, parameters) in asked.items():
-        alone = list(stream_text(loaded, ids, parameters))
+        alone = list(generate_text(loaded, ids, parameters))
         found = told[request_id, 0]
         assert [(o.text, o.token and o.token.id, o.finish_reason) for o in found] == [
             (chunk.text, chunk.token.id, chunk.finish_reason) for chunk in alone
@@ -115,7 +114,7 @@ def test_several_texts_of_a_request_end_each_for_itself(loaded: LoadedModel) -> 
     assert sorted(told) == [(request_id, index) for index in range(5)]
     for index in range(5):
         alone = SamplingParameters(10, temperature=1.5, seed=3 + index, stop=("e",))
-        text = "".join(chunk.text for chunk in stream_text(loaded, ids, alone))
+        text = "".join(chunk.text for chunk in generate_text(loaded, ids, alone))
         assert "".join(output.text for output in told[request_id, index]) == text
     assert not engine.is_open(request_id)
 
@@ -144,7 +143,8 @@ def test_experts_are_those_that_the_place_before_a_token_chose(
     prompt, parameters = [5, 17, 3], SamplingParameters(9, temperature=0)
     said, text = ([token.id for token in generate(model, ids, parameters)] for ids in ([60, 61], prompt))
     chosen: list[list[list[int]]] = []  # layer, place, experts by their weight
-    for layer in plain.model.layers[1:3]:
+    for number in (1, 2):
+        layer = plain.model.layers[number]
 
         def note(module: Any, inputs: Any, normed: torch.Tensor, gate: Any = layer.mlp.gate) -> None:
             cfg = tiny_config

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from abyssal.config import ModelConfig
-from abyssal.engine import ContiguousLatentCache, prepare_for_inference
+from abyssal.engine import prepare_for_inference
+from abyssal.engine.paged_cache import PagedLatentCache, TokenRange
 from abyssal.engine.prepare import UNPACKED, PackedExperts, PackedLinear, PlainDispatcher, pack_weights
 from abyssal.model import AbsorbedCore, Context, RouterStatistics, Transformer
 from abyssal.model.feed_forward import StackedExperts
 from abyssal.model.layers import Linear
-from abyssal.ops.kernels import choose_kernels
+from abyssal.ops.kernels import choose_kernels, passed_over
 from abyssal.ops.packed import why_not_packed
 
 Build = Callable[..., Transformer]
@@ -21,9 +22,22 @@ CPU = torch.device("cpu")
 PASSES = [(5, 3, 1), (1, 1, 1), (1, 0, 1), (0, 2, 1), (1, 1, 1)]  # new tokens of three sequences
 
 
+class Sequences:
+    """Sequences side by side in one cache, a page of 12 tokens each."""
+
+    def __init__(self, config: ModelConfig, count: int, dtype: torch.dtype) -> None:
+        self._cache = PagedLatentCache(config, count, 12, dtype, "cpu")
+        self._lengths = [0] * count
+
+    def begin(self, new: tuple[int, ...]) -> Context:
+        ranges = [TokenRange([n], self._lengths[n], count) for n, count in enumerate(new) if count]
+        self._lengths = [length + count for length, count in zip(self._lengths, new, strict=True)]
+        return self._cache.begin(ranges)
+
+
 def run_passes(model: Transformer) -> list[torch.Tensor]:
     """Return the logits of every pass, over one cache."""
-    cache = ContiguousLatentCache(model.config, 12, 3, model.compute_dtype)
+    cache = Sequences(model.config, 3, model.compute_dtype)
     generator = torch.Generator().manual_seed(8)
     found = []
     with torch.inference_mode():
@@ -63,7 +77,7 @@ def test_sequences_over_one_cache_do_not_see_each_other(tiny_config: ModelConfig
     generator = torch.Generator().manual_seed(8)
     tokens = [torch.randint(tiny_config.vocab_size, (sum(new),), generator=generator).split(new) for new in PASSES]
     for sequence in range(3):
-        cache = ContiguousLatentCache(tiny_config, 12, dtype=torch.float64)
+        cache = Sequences(tiny_config, 1, torch.float64)
         for new, parts, logits in zip(PASSES, tokens, together, strict=True):
             if new[sequence]:
                 alone = model.logits(model(parts[sequence], cache.begin((new[sequence],))))
@@ -73,7 +87,8 @@ def test_sequences_over_one_cache_do_not_see_each_other(tiny_config: ModelConfig
 @pytest.mark.skipif(bool(why_not_packed(CPU, torch.float32)), reason="weights are not packed here")
 def test_everything_that_can_be_packed_is(tiny_config: ModelConfig, build: Build) -> None:
     model = build(tiny_config, dtype=torch.float32)
-    assert pack_weights(model) is None
+    model.kernels = choose_kernels(CPU, torch.float32, "decode")
+    pack_weights(model)
     left = [name for name, module in model.named_modules() if isinstance(module, Linear | StackedExperts)]
     assert {name.rpartition(".")[2] for name in left} == set(UNPACKED)
     kinds = {type(module) for module in model.modules()}
@@ -84,13 +99,13 @@ def test_everything_that_can_be_packed_is(tiny_config: ModelConfig, build: Build
     assert "experts" not in names
 
 
-def test_where_nothing_can_be_packed_the_reason_is_given_and_the_rest_is_prepared(
-    tiny_config: ModelConfig, build: Build
-) -> None:
+def test_where_nothing_can_be_packed_the_rest_is_prepared(tiny_config: ModelConfig, build: Build) -> None:
     model = build(tiny_config, cached=False)
     before = set(model.state_dict())
-    assert pack_weights(model) == "the matrix library packs float32 and bfloat16 only"
-    prepare_for_inference(model)
+    assert passed_over(CPU, torch.float64, "decode")["linear"] == {
+        "packed_linear": "the matrix library packs float32 and bfloat16 only"
+    }
+    prepared(model)
     assert set(model.state_dict()) == before
     for layer in model.model.layers:
         assert isinstance(layer.self_attn.core, AbsorbedCore)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,21 @@ import torch
 
 from abyssal.config import ModelConfig, RopeScaling
 from abyssal.engine import (
+    DraftStatistics,
+    Engine,
+    EngineOptions,
+    Request,
     SamplingParameters,
-    Speculation,
-    generate,
-    generate_speculatively,
+    ScoredToken,
     load_model,
     prepare_for_inference,
-    speculation_for,
-    stream_text,
 )
-from abyssal.engine.speculate import MTPDrafter
+from abyssal.engine.drafter import MTPDrafter
+from abyssal.engine.sequence import SequenceState
 from abyssal.errors import ModelDirectoryError, UsageError
 from abyssal.model import Context, Transformer, next_tokens
+from abyssal.ops.kernels import choose_kernels
+from engine.oracle import generate, generate_text
 
 Build = Callable[..., Transformer]
 PROMPT = [5, 17, 3, 80, 41, 9, 66]
@@ -45,31 +47,33 @@ STUBS: dict[str, Callable[[int, int], int] | None] = {
 }
 
 
-def ids_of(tokens: Iterator[Any]) -> list[int]:
+def ids_of(tokens: Iterable[Any]) -> list[int]:
     return [token.id for token in tokens]
 
 
 def speculate(
     model: Transformer, prompt: Sequence[int], parameters: SamplingParameters, drafts: int = 3, **kwargs: Any
-) -> tuple[list[int], Speculation]:
-    speculation = Speculation(drafts)
-    found = ids_of(generate_speculatively(model, prompt, parameters, kwargs.get("eos_ids", ()), speculation))
-    return found, speculation
+) -> tuple[list[ScoredToken], DraftStatistics]:
+    engine = Engine(model, EngineOptions.single_stream(drafts), end_ids=kwargs.get("end_ids", ()))
+    outputs = engine.stream(Request(prompt, parameters))
+    return [output.token for output in outputs if output.token], engine.draft_statistics
 
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let drafts be made from the tokens that will come; the modules run all the same."""
 
-    def replace(future: list[int], prompt_tokens: int, rule: Callable[[int, int], int] | None) -> None:
+    def replace(future: list[int], rule: Callable[[int, int], int] | None) -> None:
         if rule is None:
             return
         draft = MTPDrafter.draft
 
-        def made_up(drafter: MTPDrafter, count: int) -> list[int]:
-            assert len(draft(drafter, count)) == count
-            start = len(drafter._tokens) - prompt_tokens
-            return [rule(place, token) for place, token in enumerate(future[start : start + count])]
+        def made_up(drafter: MTPDrafter, wanted: Mapping[SequenceState, int]) -> None:
+            draft(drafter, wanted)
+            for sequence, count in wanted.items():
+                assert len(sequence.drafts) == count
+                start = len(sequence.tokens) - sequence.num_prompt_tokens
+                sequence.drafts = [rule(place, token) for place, token in enumerate(future[start : start + count])]
 
         monkeypatch.setattr(MTPDrafter, "draft", made_up)
 
@@ -85,12 +89,11 @@ def test_speculative_text_is_the_greedy_one_in_fp32(
     """48 cases of 60 tokens each."""
     model = build(tiny_config.model_copy(update={**SHAPES[shape], "max_position_embeddings": 128}), dtype=torch.float32)
     parameters = SamplingParameters(60, temperature=0)
-    plain = list(generate(model, PROMPT, parameters))
-    wanted = [token.id for token in plain]
-    stub(wanted, len(PROMPT), STUBS[rule])
-    speculation = Speculation(drafts)
-    found = list(generate_speculatively(model, PROMPT, parameters, (), speculation))
-    assert [token.id for token in found] == wanted
+    plain = generate(model, PROMPT, parameters)
+    wanted = ids_of(plain)
+    stub(wanted, STUBS[rule])
+    found, speculation = speculate(model, PROMPT, parameters, drafts)
+    assert ids_of(found) == wanted
     for mine, other in zip(found, plain, strict=True):
         assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
     assert len(set(wanted)) > 3, "a model that repeats itself proves little"
@@ -112,13 +115,14 @@ def test_speculative_text_is_the_greedy_one_over_1000_tokens(
     """In fp32, with weights packed as `load_model` packs them, and drafts that are right and wrong by turns."""
     config = tiny_config.model_copy(update={"num_hidden_layers": 2, "max_position_embeddings": 1024})
     model = build(config, dtype=torch.float32)
+    model.kernels = choose_kernels(torch.device("cpu"), torch.float32, "decode")
     prepare_for_inference(model)
     parameters = SamplingParameters(1000, temperature=0)
     wanted = ids_of(generate(model, PROMPT, parameters))
-    stub(wanted, len(PROMPT), STUBS["right, then wrong"])
+    stub(wanted, STUBS["right, then wrong"])
     found, speculation = speculate(model, PROMPT, parameters, 3)
     assert len(found) == 1000
-    assert found == wanted
+    assert ids_of(found) == wanted
     assert speculation.accepted[2] == 0 < speculation.accepted[1]
 
 
@@ -130,7 +134,7 @@ def test_the_same_seed_gives_the_same_tokens_with_drafts_and_without(
     model = build(tiny_config.model_copy(update=SHAPES[shape]))
     for seed, drafts in itertools.product(range(3), (1, 3)):
         parameters = SamplingParameters(30, temperature=1.2, top_p=0.9, top_k=50, seed=seed)
-        assert speculate(model, PROMPT, parameters, drafts)[0] == ids_of(generate(model, PROMPT, parameters))
+        assert ids_of(speculate(model, PROMPT, parameters, drafts)[0]) == ids_of(generate(model, PROMPT, parameters))
 
 
 # Which places the modules see
@@ -151,22 +155,22 @@ def trained_prediction(model: Transformer, ids: list[int], k: int) -> int:
 def test_drafts_are_what_the_modules_predict_in_training(
     tiny_config: ModelConfig, build: Build, monkeypatch: pytest.MonkeyPatch, modules: int, tokens: int
 ) -> None:
-    """However prompt and text were cut, module k drafts what it says over the whole sequence with the drafts before."""
+    """However the prompt was cut, module k drafts what it says over the whole sequence with the drafts before."""
     config = tiny_config.model_copy(update={"num_nextn_predict_layers": modules})
     model, plain = build(config), build(config, cached=False)
-    monkeypatch.setattr(import_module("abyssal.engine.speculate"), "PREFILL_TOKENS", tokens)
     seen: list[tuple[list[int], list[int]]] = []
     draft = MTPDrafter.draft
 
-    def watch(drafter: MTPDrafter, count: int) -> list[int]:
-        seen.append((list(drafter._tokens), draft(drafter, count)))
-        return seen[-1][1]
+    def watch(drafter: MTPDrafter, wanted: Mapping[SequenceState, int]) -> None:
+        draft(drafter, wanted)
+        seen.extend((list(sequence.tokens), list(sequence.drafts)) for sequence in wanted)
 
     monkeypatch.setattr(MTPDrafter, "draft", watch)
     parameters = SamplingParameters(25, temperature=1.5, seed=2)
+    options = EngineOptions(tokens, 1, 4, num_drafts=modules, adapt_drafts=False)
     for prompt in (PROMPT, [4]):
         seen.clear()
-        speculate(model, prompt, parameters, modules)
+        list(Engine(model, options).stream(Request(prompt, parameters)))
         assert sum(bool(drafts) for _, drafts in seen) > 5
         for ids, drafts in seen:
             for k, token in enumerate(drafts, start=1):
@@ -188,10 +192,12 @@ def test_the_last_module_goes_on_from_its_own_normed_output(tiny_config: ModelCo
         stream = torch.cat((h, first[-1:]))  # the module's output stands in for the main model's
         second = module.predict(stream, plain.embed(torch.tensor([*ids[1:], d1])), longer)
         d2 = int(plain.logits(second[-1]).argmax())
-        drafter = MTPDrafter(model, 20)
-        drafter.extend(PROMPT, h)
-        drafter.extend([50], h[:0])
-        assert drafter.draft(2) == [d1, d2]
+    engine = Engine(model, EngineOptions.single_stream(2))
+    engine.add(Request(PROMPT, SamplingParameters(9, temperature=0, logit_bias=((50, 1e6),))))
+    engine.step()
+    (sequence,) = engine._scheduler.running
+    assert sequence.tokens == ids
+    assert sequence.drafts == [d1, d2]
 
 
 def test_drafts_agree_where_the_module_has_learned_the_main_models_output(
@@ -212,7 +218,7 @@ def test_drafts_agree_where_the_module_has_learned_the_main_models_output(
         width = tiny_config.hidden_size
         module.eh_proj.weight.copy_(torch.cat((torch.eye(width), torch.zeros(width, width)), -1))
     found, speculation = speculate(model, PROMPT, SamplingParameters(30, temperature=0), 4)
-    assert found == ids_of(generate(model, PROMPT, SamplingParameters(30, temperature=0)))
+    assert ids_of(found) == ids_of(generate(model, PROMPT, SamplingParameters(30, temperature=0)))
     assert speculation.accepted == speculation.drafted
 
 
@@ -225,12 +231,12 @@ def test_an_end_token_within_an_accepted_span_ends_the_text(
     model = build(tiny_config)
     parameters = SamplingParameters(30, temperature=0)
     plain = ids_of(generate(model, PROMPT, parameters))
-    stub(plain, len(PROMPT), STUBS["always right"])
+    stub(plain, STUBS["always right"])
     for place in range(3, 20):
         if plain[place] in plain[:place]:
             continue
-        found, _ = speculate(model, PROMPT, parameters, 5, eos_ids={plain[place]})
-        assert found == plain[: place + 1]
+        found, _ = speculate(model, PROMPT, parameters, 5, end_ids={plain[place]})
+        assert ids_of(found) == plain[: place + 1]
 
 
 def test_a_stop_string_within_an_accepted_span_ends_the_text(
@@ -238,14 +244,14 @@ def test_a_stop_string_within_an_accepted_span_ends_the_text(
 ) -> None:
     loaded = load_model(model_directory())
     prompt = loaded.encode_prompt("def f")
-    free = list(stream_text(loaded, prompt, SamplingParameters(40, temperature=0)))
+    free = generate_text(loaded, prompt, SamplingParameters(40, temperature=0))
     text = "".join(chunk.text for chunk in free)
-    stub([chunk.token.id for chunk in free], len(prompt), STUBS["always right"])
+    stub([chunk.token.id for chunk in free], STUBS["always right"])
     for place in range(2, len(text) - 2, 3):
         parameters = SamplingParameters(40, temperature=0, stop=(text[place : place + 2],))
-        plain = list(stream_text(loaded, prompt, parameters))
-        found = list(stream_text(loaded, prompt, parameters, Speculation(4)))
-        assert [(chunk.text, chunk.token.id, chunk.finish_reason) for chunk in found] == [
+        plain = generate_text(loaded, prompt, parameters)
+        found = Engine.of(loaded, EngineOptions.single_stream(4)).stream(Request(prompt, parameters))
+        assert [(output.text, output.token and output.token.id, output.finish_reason) for output in found] == [
             (chunk.text, chunk.token.id, chunk.finish_reason) for chunk in plain
         ]
 
@@ -260,9 +266,9 @@ def test_text_goes_to_the_last_place_of_the_context_and_no_draft_beyond(
     prompt = [1 + n % 90 for n in range(tiny_config.max_position_embeddings - room)]
     parameters = SamplingParameters(50, temperature=0)
     plain = ids_of(generate(model, prompt, parameters))
-    stub(plain, len(prompt), STUBS[rule])
+    stub(plain, STUBS[rule])
     found, speculation = speculate(model, prompt, parameters, 4)
-    assert found == plain
+    assert ids_of(found) == plain
     assert len(found) == room
     assert sum(speculation.drafted) <= room * (room - 1) // 2
 
@@ -273,17 +279,11 @@ def test_bfloat16_drafts_from_a_bfloat16_cache(tiny_config: ModelConfig, build: 
     assert sum(speculation.drafted) > 0
 
 
-def test_the_callers_autograd_mode_is_left_alone(tiny_config: ModelConfig, build: Build) -> None:
-    for _ in generate_speculatively(build(tiny_config), PROMPT, SamplingParameters(8), (), Speculation(2)):
-        assert torch.is_grad_enabled()
-        assert not torch.is_inference_mode_enabled()
-
-
 # Counts and faults
 
 
 def test_counts_are_by_the_place_of_the_draft() -> None:
-    speculation = Speculation(2)
+    speculation = DraftStatistics(2)
     assert str(speculation) == "nothing was drafted"
     for drafts, accepted in ((2, 2), (2, 0), (2, 1), (1, 1), (0, 0)):
         speculation.count_pass(drafts)
@@ -294,26 +294,19 @@ def test_counts_are_by_the_place_of_the_draft() -> None:
     assert str(speculation) == "4/7 drafts accepted, 57% (by place: 3/4, 1/3); 1.80 tokens a pass"
 
 
-def test_there_is_a_draft_for_each_module_unless_more_are_asked_for(tiny_config: ModelConfig) -> None:
-    two = tiny_config.model_copy(update={"num_nextn_predict_layers": 2})
-    assert speculation_for(two).num_drafts == 2
-    assert speculation_for(two, 5).num_drafts == 5
+def test_there_is_a_draft_for_each_module_unless_more_are_asked_for(tiny_config: ModelConfig, build: Build) -> None:
+    model = build(tiny_config.model_copy(update={"num_nextn_predict_layers": 2}))
+    for asked, made in ((None, 2), (5, 5)):
+        assert Engine(model, EngineOptions(num_drafts=asked)).draft_statistics.num_drafts == made
 
 
-def test_a_model_without_mtp_modules_cannot_draft(tiny_config: ModelConfig) -> None:
-    with pytest.raises(UsageError, match="drafts come from MTP modules, and this model has none"):
-        speculation_for(tiny_config.model_copy(update={"num_nextn_predict_layers": 0}), 2)
-    with pytest.raises(UsageError, match="drafts=0: must be at least 1"):
-        speculation_for(tiny_config, 0)
-
-
-def test_faults_are_those_of_plain_generation(tiny_config: ModelConfig, build: Build) -> None:
+def test_faults_are_those_of_generation_without_drafts(tiny_config: ModelConfig, build: Build) -> None:
     model = build(tiny_config)
     with pytest.raises(UsageError, match="prompt: has no tokens"):
-        generate_speculatively(model, [], SamplingParameters(), (), Speculation(1))
+        speculate(model, [], SamplingParameters())
     with pytest.raises(UsageError, match="prompt: has 64 tokens"):
-        generate_speculatively(model, [7] * 64, SamplingParameters(), (), Speculation(1))
+        speculate(model, [7] * 64, SamplingParameters())
     with torch.no_grad():
         model.lm_head.weight[4] = float("nan")
     with pytest.raises(ModelDirectoryError, match="logits are not finite"):
-        next(generate_speculatively(model, PROMPT, SamplingParameters(), (), Speculation(1)))
+        speculate(model, PROMPT, SamplingParameters())

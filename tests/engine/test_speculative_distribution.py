@@ -3,55 +3,49 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 
 from abyssal.config import ModelConfig
-from abyssal.engine import SamplingParameters, Speculation, generate_speculatively
+from abyssal.engine import Engine, EngineOptions, Request, SamplingParameters
+from abyssal.engine.paged_cache import PagedCacheView
+from abyssal.engine.sequence import SequenceState
 from abyssal.model import Context, Transformer
+
+pytestmark = pytest.mark.slow
 
 Build = Callable[..., Transformer]
 
 
-class TokenCache:
-    """Stands in for the latent cache: the tokens themselves."""
+class TableModel:
+    """Stands in for the model: the logits after each beginning of a text come from a table, exact as the table is."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.fed: list[int] = []
+    def __init__(self, model: Transformer, table: dict[tuple[int, ...], torch.Tensor]) -> None:
+        self.config, self.compute_dtype, self.head_weight = model.config, model.compute_dtype, model.head_weight
+        self._table = table
 
-    @property
-    def lengths(self) -> tuple[int]:
-        return (len(self.fed),)
+    def __call__(self, tokens: torch.Tensor, ctx: Context) -> torch.Tensor:
+        cache = ctx.cache
+        assert isinstance(cache, PagedCacheView)
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        ids = tokens[:, None].expand(-1, width).float()  # the latents of a token are its id
+        for layer in range(self.config.num_hidden_layers):
+            (seen,) = cache.append(layer, *ids.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1))
+        text = [int(token) for token in seen[:, 0]]
+        return torch.stack([self._table[tuple(text[: n + 1])] for n in range(len(text) - len(tokens), len(text))])
 
-    def truncate(self, sequence: int, length: int) -> None:
-        assert sequence == 0
-        del self.fed[length:]
-
-    def reserve(self, capacity_tokens: int) -> None:
-        """Has room for any number of them."""
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
 
 
 class GuessingDrafter:
     """Drafts the most probable token of the main model itself, so that many a draft is accepted."""
 
-    def __init__(self, *_: Any) -> None:
-        self.ids: list[int] = []
-
-    def reusable(self, prompt_ids: list[int]) -> int:
-        return 0
-
-    def rewind(self, length: int, capacity_tokens: int) -> None:
-        assert length == 0 == len(self.ids)
-
-    def extend(self, tokens: list[int], hidden: torch.Tensor) -> None:
-        self.ids += tokens
-
-    def draft(self, count: int) -> list[int]:
-        return [GUESSES[tuple(self.ids)]] * count
+    def draft(self, wanted: Mapping[SequenceState, int]) -> None:
+        for sequence, count in wanted.items():
+            sequence.drafts = [GUESSES[tuple(sequence.tokens)]] * count
 
 
 GUESSES: dict[tuple[int, ...], int] = {}
@@ -105,29 +99,21 @@ def test_the_joint_distribution_of_tokens_is_unchanged_at_temperature_1(
 ) -> None:
     """20,000 texts of three tokens: the second is verified against a draft, the third comes behind it or of a new pass.
 
-    The logits of each pass come from a table, exact as the table is: what is looked at is verification.
+    The logits of each pass come from a table: what is looked at is verification.
     """
     model, table = logits_of_pairs
-    module = import_module("abyssal.engine.speculate")
     samples, shared = 20_000, torch.Generator().manual_seed(11)
-
-    def run_pass(_: Transformer, tokens: torch.Tensor, cache: TokenCache) -> torch.Tensor:
-        starts = [tuple(cache.fed + tokens[: n + 1].tolist()) for n in range(len(tokens))]
-        cache.fed += tokens.tolist()
-        return torch.stack([table[start] for start in starts])
-
-    monkeypatch.setattr(module, "run_pass", run_pass)
-    monkeypatch.setattr(module, "_logits", lambda _, hidden: hidden)
-    monkeypatch.setattr(import_module("abyssal.engine.kept_cache"), "ContiguousLatentCache", TokenCache)
-    monkeypatch.setattr(module, "MTPDrafter", GuessingDrafter)
     monkeypatch.setattr(SamplingParameters, "generator", lambda *_: shared)
     for ids, logits in table.items():
         monkeypatch.setitem(GUESSES, ids, int(logits.argmax()))
-    parameters = SamplingParameters(3, temperature=1.0, top_p=1.0)
-    speculation, counts = Speculation(2), Counter[tuple[int, int]]()
+    engine = Engine(model, EngineOptions.single_stream(2))
+    engine._model = TableModel(model, table)  # type: ignore[assignment]
+    engine._drafter = GuessingDrafter()  # type: ignore[assignment]
+    request, counts = Request([7, 1], SamplingParameters(3, temperature=1.0, top_p=1.0)), Counter[tuple[int, int]]()
     for _ in range(samples):
-        _, second, third = generate_speculatively(model, [7, 1], parameters, (), speculation)
-        counts[second.id, third.id] += 1
+        _, second, third = (output.token.id for output in engine.stream(request) if output.token)
+        counts[second, third] += 1
+    speculation = engine.draft_statistics
     accepted, drafted = speculation.accepted[0], speculation.drafted[0]
     assert drafted == samples
     assert 0.2 * drafted < accepted < 0.9 * drafted, "both ways must be taken often"

@@ -31,7 +31,7 @@ def test_a_packed_product_is_the_product(rows: int, dtype: torch.dtype, toleranc
     """Rounded once, from a sum in fp32, as the plain one is."""
     generator = torch.Generator().manual_seed(rows)
     x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 24), (13, 24)))
-    out = packed_linear(x, pack(weight))
+    out = packed_linear(x, pack(weight, dtype))
     assert out.dtype == dtype
     expected = F.linear(x.double(), weight.double())
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
@@ -66,7 +66,7 @@ def test_all_products_are_of_these_numbers_of_rows(monkeypatch: pytest.MonkeyPat
 
 def test_rows_and_weights_may_lie_anyhow() -> None:
     x, weight = torch.randn(24, 5), torch.randn(24, 13)
-    torch.testing.assert_close(packed_linear(x.T, pack(weight.T)), x.T @ weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed_linear(x.T, pack(weight.T, torch.float32)), x.T @ weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
@@ -84,7 +84,9 @@ def test_packed_experts_equal_the_definition(
     shapes = ((total, hidden), (len(counts), 2 * width, hidden), (len(counts), hidden, width))
     rows, gate_up, down = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     weights = torch.rand(total, generator=generator)
-    out = packed_expert_ffn(rows, weights, torch.tensor(counts), [pack(w) for w in gate_up], [pack(w) for w in down])
+    out = packed_expert_ffn(
+        rows, weights, torch.tensor(counts), [pack(w, dtype) for w in gate_up], [pack(w, dtype) for w in down]
+    )
     assert out.dtype == dtype
     wide = (x.double() for x in (rows, weights))
     expected = expert_ffn(*wide, torch.tensor(counts), gate_up.double(), down.double())

@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
     """What an operation is called with, in float64."""
 
     arguments: tuple[Any, ...]
-    differentiable: tuple[int, ...]
+    differentiable: tuple[int, ...]  # a tensor, or a list of them
     wide: tuple[int, ...] = ()  # never in less than fp32
     prepared: tuple[int, ...] = ()  # weights, for `Version.prepare`
 
@@ -47,7 +47,9 @@ def latent_attention(normal: Normal, *case: tuple[int, int]) -> Inputs:
     heads, latent, rope, tokens = 3, 22, 6, sum(new for new, _ in case)
     cached = [normal(seen, latent + rope) for _, seen in case]
     lengths = [new for new, _ in case]
-    return Inputs((2 * normal(tokens, heads, latent), 2 * normal(tokens, heads, rope), cached, lengths, 0.19), (0, 1))
+    return Inputs(
+        (2 * normal(tokens, heads, latent), 2 * normal(tokens, heads, rope), cached, lengths, 0.19), (0, 1, 2)
+    )
 
 
 def linear(normal: Normal, rows: int, columns: int, width: int) -> Inputs:
@@ -58,7 +60,7 @@ def experts(normal: Normal, counts: tuple[int, ...], hidden: int, width: int) ->
     rows = sum(counts)
     stacks = normal(len(counts), 2 * width, hidden), normal(len(counts), hidden, width)
     weights = normal(rows).sigmoid()
-    return Inputs((normal(rows, hidden), weights, torch.tensor(counts), *stacks), (0, 1, 3, 4), (1, 3, 4))
+    return Inputs((normal(rows, hidden), weights, torch.tensor(counts), *stacks), (0, 1, 3, 4), (1, 3, 4), (3, 4))
 
 
 def targets_of(logits: Tensor) -> Tensor:
@@ -140,13 +142,15 @@ def results(
         inputs, normal = draw(operation, case, seed, of)
         wide = torch.promote_types(dtype, torch.float32)
         arguments = [convert(x, wide if i in inputs.wide else dtype) for i, x in enumerate(inputs.arguments)]
-        leaves = [arguments[i].requires_grad_("train" in version.purposes) for i in inputs.differentiable]
+        trains = "train" in version.purposes
+        chosen = [arguments[i] for i in inputs.differentiable]
+        leaves = [leaf.requires_grad_(trains) for x in chosen for leaf in (x if isinstance(x, list) else [x])]
         for i in inputs.prepared:
             arguments[i] = version.prepare(arguments[i], dtype)
         out = version(*arguments)
         found = [out.detach().double()]
         coefficients = convert(normal(*out.shape), of, out.dtype)
-        if "train" in version.purposes:
+        if trains:
             gradients = torch.autograd.grad(out, leaves, coefficients)
             assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
             found += [g.double() for g in gradients]

@@ -27,6 +27,8 @@ from abyssal.ranks.placements import local, local_shard
 from ranks import run_ranks
 from ranks.spread import SHAPE
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (7, 8)
 TOKENS = sum(LENGTHS)
 MICRO_BATCHES = 3

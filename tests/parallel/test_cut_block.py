@@ -31,6 +31,8 @@ from ranks import run_ranks
 from ranks.cut import BORDERS, CUTS, CutChain, cut_block, interleave
 from ranks.spread import SHAPE
 
+pytestmark = pytest.mark.slow
+
 DISPATCH = ("direct", "node_limited")
 CONFIG = ModelConfig.parse({**SHAPE, "n_routed_experts": 12, "n_group": 4, "topk_group": 3}, source="test")
 LAYER = 1

@@ -30,6 +30,8 @@ from ranks.choices import (
     in_one_process,
 )
 
+pytestmark = pytest.mark.slow
+
 DISPATCH = ("direct", "node_limited")
 
 

@@ -18,6 +18,8 @@ from abyssal.parallel.matrix_exchange import MatrixExchange
 from ranks import run_ranks
 from ranks.spread import LAYOUTS, SHAPE, spread
 
+pytestmark = pytest.mark.slow
+
 Seen = Counter[tuple[Any, ...]]
 
 

@@ -12,6 +12,8 @@ import pytest
 from ranks.launcher import Torchrun, losses
 from ranks.training import train_runs
 
+pytestmark = pytest.mark.slow
+
 FIELDS: dict[str, Any] = {
     "train.compute_dtype": "float32",
     "train.tokens": 48 * 16 * 24,

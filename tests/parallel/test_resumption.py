@@ -14,6 +14,8 @@ import pytest
 from ranks.resuming import Line, Seen, run_lines
 from ranks.training import LIMITS, Run
 
+pytestmark = pytest.mark.slow
+
 STOP, STEPS = 5, 25
 EP_4_X_DP_2 = {"parallel.ep_size": 4}
 #: For each number of ranks: the compute dtype that a run was begun in, and the layout that it goes on in.

@@ -9,6 +9,8 @@ import pytest
 
 from ranks.training import LIMITS, Run, train_runs
 
+pytestmark = pytest.mark.slow
+
 EXACT, ROUNDED = {"train.compute_dtype": "float64"}, {"train.compute_dtype": "float32"}
 MUON = {**EXACT, "optimizer.name": "muon"}
 #: For each number of ranks: recipe fields, beside a compute dtype.

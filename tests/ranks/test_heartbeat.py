@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
+import socket
+import tempfile
 import time
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,11 @@ import torch.distributed as dist
 
 from abyssal.errors import DataError, RankError
 from abyssal.ranks.heartbeat_monitor import Failure, Heartbeat, HeartbeatMonitor, Mark
-from abyssal.ranks.heartbeat_process import is_stopped
+from abyssal.ranks.heartbeat_process import MARK, HeartbeatProcess, Settings, is_stopped
 from abyssal.ranks.join import join
 from ranks import run_ranks
+
+pytestmark = pytest.mark.slow
 
 SILENCE_S = 6.0
 WAY_OUT = "started again, the run goes on from its newest training state"
@@ -128,6 +134,36 @@ def test_stopped_process_is_seen() -> None:
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_strangers_are_not_heard() -> None:
+    """What knocks at the first rank's port, and says anything but the launch's token, changes nothing."""
+    own, other = socket.socketpair()
+    with tempfile.TemporaryFile() as memory, own:
+        memory.truncate(MARK.size)
+        settings = Settings(0, 2, True, 60.0, "token", os.getpid(), ("127.0.0.1", 1))
+        process = HeartbeatProcess(settings, other, mmap(memory.fileno(), MARK.size))
+        process._listen()
+        port = json.loads(own.recv(1000))["address"][1]
+        said = [
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"17\n",
+            b"[1, 2]\n",
+            b'{"token": "other", "rank": 1, "place": ""}\n',
+            b"x" * 99999,
+        ]
+        for line in said:
+            with socket.create_connection(("127.0.0.1", port)) as stranger:
+                stranger.sendall(line)
+                for _ in range(3):
+                    for key, _ in process.selector.select(0.1):
+                        key.data(key.fileobj)
+        assert (process.clients, process.failure) == ([], None)
+        assert process.monitor is not None
+        assert process.monitor.seen[1].place == ""
+        for key in list(process.selector.get_map().values()):
+            key.fileobj.close()
+        process.selector.close()
 
 
 # On ranks: each returns how it ended, and what was written to stderr.

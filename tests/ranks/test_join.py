@@ -14,6 +14,8 @@ from abyssal.ranks.join import join, rendezvous
 from abyssal.ranks.launch import Launch, read_launch
 from ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = {
     "RANK": "5",
     "WORLD_SIZE": "8",

@@ -6,6 +6,7 @@ import random
 import sys
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -15,6 +16,8 @@ from abyssal.model import Transformer, initialise
 from abyssal.ranks.placements import local_shard
 from ranks import run_ranks
 from ranks.spread import LAYOUTS, SHAPE, spread
+
+pytestmark = pytest.mark.slow
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from abyssal.engine import Engine, EngineOptions, LoadedModel, Output, Request, 
 from abyssal.server import ServerOptions, create_app
 from abyssal.text.chat_template import ChatTemplate
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ENGINE = EngineOptions(max_running=4, page_tokens=8, num_drafts=1, adapt_drafts=False)
 REFUSED = "the server responded with a status of 4"  # in the browser's words, and no fault of a script

@@ -22,6 +22,8 @@ import pytest
 
 from abyssal.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LONG: dict[str, Any] = {
     "model": "tiny",

@@ -22,6 +22,8 @@ from abyssal.train import loop
 from abyssal.train.guard import Guard
 from abyssal.train.training_state import TrainingState
 
+pytestmark = pytest.mark.slow
+
 SILENT = Console(quiet=True)
 SIZE = 4  # sequences a step
 Poison = Mapping[int, float]  # number of a batch -> what its gradients are multiplied with

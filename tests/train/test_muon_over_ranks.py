@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +18,8 @@ from abyssal.train.step import train_step
 from abyssal.train.training_state import TrainingState
 from ranks import run_ranks
 from ranks.spread import SHAPE
+
+pytestmark = pytest.mark.slow
 
 Result = tuple[list[float], dict[str, Tensor]]
 

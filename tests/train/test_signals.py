@@ -20,6 +20,8 @@ from abyssal.errors import Stopped
 from abyssal.train import loop
 from abyssal.train.signals import StopSignals
 
+pytestmark = pytest.mark.slow
+
 SILENT = Console(quiet=True)
 #: Runs `abyssal ARGUMENTS` and sends itself signals in the middle of the fifth step, so no test waits for a moment.
 SIGNALLED = """

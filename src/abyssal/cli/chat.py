@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abyssal.cli.generation import Printing, asked_speculation, given_sampling, sampling_of, utf8
+from abyssal.cli.generation import Printing, given_sampling, num_drafts, sampling_of, utf8
 from abyssal.cli.generation_options import (
     Device,
     Drafts,
@@ -24,7 +24,7 @@ from abyssal.cli.generation_options import (
 from abyssal.errors import AbyssalError, nearest
 
 if TYPE_CHECKING:
-    from abyssal.engine import Conversation, LoadedModel, Speculation
+    from abyssal.engine import Conversation, LoadedModel
 
 MAX_NEW_TOKENS = 1024
 COMMANDS = {
@@ -79,17 +79,17 @@ def chat(
     loaded = load_model(model, dtype=dtype, device=device, threads=threads)
     if "max_new_tokens" not in loaded.defaults.named:
         given.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    speculation = asked_speculation(loaded, speculate, drafts)
+    drafts = num_drafts(loaded, speculate, drafts)
     parameters = sampling_of(loaded, given)
-    conversation = Conversation(loaded, template, parameters, system=system, speculation=speculation)
-    _Chat(conversation, loaded, speculation).run()
+    conversation = Conversation(loaded, template, parameters, system=system, num_drafts=drafts)
+    _Chat(conversation, loaded, drafts=drafts > 0).run()
 
 
 class _Chat:
     """The lines of a person, or of a pipe, and what becomes of each."""
 
-    def __init__(self, conversation: Conversation, loaded: LoadedModel, speculation: Speculation | None) -> None:
-        self._conversation, self._loaded, self._speculation = conversation, loaded, speculation
+    def __init__(self, conversation: Conversation, loaded: LoadedModel, *, drafts: bool) -> None:
+        self._conversation, self._loaded, self._drafts = conversation, loaded, drafts
         self._person = sys.stdin.isatty()
 
     def run(self) -> None:
@@ -154,9 +154,9 @@ class _Chat:
         """
         turns = self._conversation.turns
         try:
-            prompt_tokens, chunks = self._conversation.ask(text)
+            prompt_tokens, outputs = self._conversation.ask(text)
             printing = Printing(prompt_tokens)
-            printing.show(chunks)
+            printing.show(outputs)
         except KeyboardInterrupt:
             if self._conversation.turns == turns:
                 _say("\n(stopped before the answer; the message was taken back)")
@@ -180,7 +180,8 @@ class _Chat:
         elif printing.reason is None:
             _say("(stopped; the answer so far stays in the conversation)")
         printing.reused_tokens = self._conversation.reused_tokens
-        _say(f"({printing.summary(self._speculation)})")
+        drafts = self._conversation.engine.draft_statistics if self._drafts else None
+        _say(f"({printing.summary(drafts)})")
 
 
 def _say(text: str) -> None:

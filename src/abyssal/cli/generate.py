@@ -10,9 +10,9 @@ import typer
 
 from abyssal.cli.generation import (
     Printing,
-    asked_speculation,
     end_line_on_terminal,
     given_sampling,
+    num_drafts,
     sampling_of,
     utf8,
 )
@@ -84,7 +84,7 @@ def generate(
     """
     from abyssal.cli.batch import BatchCommand
     from abyssal.cli.model_argument import refuse_run_folder
-    from abyssal.engine import load_model, stream_text
+    from abyssal.engine import Engine, EngineOptions, Request, load_model
 
     given = given_sampling(
         stop, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
@@ -102,18 +102,19 @@ def generate(
         raise UsageError("give a --prompt, or many with --input and --output; see: abyssal generate --help")
     text = utf8(sys.stdin.buffer.read()) if prompt == "-" else prompt
     loaded = load_model(model, dtype=dtype, device=device, threads=threads)
-    speculation = asked_speculation(loaded, speculate, drafts)
+    drafts = num_drafts(loaded, speculate, drafts)
     parameters = sampling_of(loaded, given)
     prompt_ids = loaded.encode_prompt(text, bos=bos) if suffix is None else loaded.encode_gap(text, suffix, bos=bos)
-    _say_if_short(loaded, len(prompt_ids), parameters)
+    limit = _limit(loaded, len(prompt_ids), parameters)
+    engine = Engine.of(loaded, EngineOptions.single_stream(drafts, max_sequence_tokens=len(prompt_ids) + limit))
     printing = Printing(len(prompt_ids))
-    printing.show(stream_text(loaded, prompt_ids, parameters, speculation))
+    printing.show(engine.stream(Request(prompt_ids, parameters)))
     end_line_on_terminal()
-    typer.echo(printing.summary(speculation), err=True)
+    typer.echo(printing.summary(engine.draft_statistics if drafts else None), err=True)
 
 
-def _say_if_short(loaded: LoadedModel, prompt_tokens: int, parameters: SamplingParameters) -> None:
-    """Say that fewer tokens than asked for fit behind the prompt.
+def _limit(loaded: LoadedModel, prompt_tokens: int, parameters: SamplingParameters) -> int:
+    """Return how many tokens can follow the prompt, and say so where these are fewer than asked for.
 
     Raises:
         UsageError: none fits.
@@ -127,3 +128,4 @@ def _say_if_short(loaded: LoadedModel, prompt_tokens: int, parameters: SamplingP
             f"{prompt_tokens} (max_position_embeddings={loaded.config.max_position_embeddings})",
             err=True,
         )
+    return limit

@@ -6,14 +6,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from abyssal.errors import DataError
+from abyssal.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from abyssal.engine import Chunk, FinishReason, LoadedModel, SamplingParameters, Speculation
+    from abyssal.engine import DraftStatistics, FinishReason, LoadedModel, Output, SamplingParameters
 
 
 def given_sampling(stop: Sequence[str] | None, **asked: object) -> dict[str, object]:
@@ -37,15 +37,23 @@ def sampling_of(loaded: LoadedModel, given: Mapping[str, object]) -> SamplingPar
     return replace(loaded.defaults.parameters, **given)  # type: ignore[arg-type]
 
 
-def asked_speculation(loaded: LoadedModel, speculate: bool, drafts: int | None) -> Speculation | None:
-    """Return how to draft, if that was asked for.
+def num_drafts(loaded: LoadedModel, speculate: bool, drafts: int | None) -> int:
+    """Return how many tokens to draft for a pass: none unless asked for, by default one for each MTP module.
 
     Raises:
         UsageError: the model cannot draft, or not so few tokens.
     """
-    from abyssal.engine import speculation_for
-
-    return speculation_for(loaded.config, drafts) if speculate or drafts is not None else None
+    if not speculate and drafts is None:
+        return 0
+    modules = loaded.config.num_nextn_predict_layers
+    if not modules:
+        raise UsageError(
+            "speculate: drafts come from MTP modules, and this model has none "
+            "(num_nextn_predict_layers=0, or its files leave them out); generate without"
+        )
+    if drafts is not None and drafts < 1:
+        raise UsageError(f"drafts={drafts}: must be at least 1; each is one token, proposed in advance")
+    return modules if drafts is None else drafts
 
 
 def utf8(data: bytes) -> str:
@@ -66,22 +74,22 @@ class Printing:
 
     prompt_tokens: int
     reused_tokens: int = 0
-    reason: FinishReason | None = None
+    reason: FinishReason | Literal["error"] | None = None
     times: list[float] = field(default_factory=lambda: [time.perf_counter()])
 
-    def show(self, chunks: Iterator[Chunk]) -> None:
-        """Print the chunks as they come."""
-        for chunk in chunks:
-            typer.echo(chunk.text, nl=False)  # flushes
+    def show(self, outputs: Iterator[Output]) -> None:
+        """Print the text of the outputs as they come."""
+        for output in outputs:
+            typer.echo(output.text, nl=False)  # flushes
             self.times.append(time.perf_counter())
-            self.reason = chunk.finish_reason
+            self.reason = output.finish_reason
 
     @property
     def new_tokens(self) -> int:
         """Tokens that came."""
         return len(self.times) - 1
 
-    def summary(self, speculation: Speculation | None) -> str:
+    def summary(self, drafts: DraftStatistics | None) -> str:
         """Return a line on what was generated, and one on its drafts."""
         reused = f" ({self.reused_tokens} of them known)" if self.reused_tokens else ""
         line = f"{self.prompt_tokens} prompt tokens{reused}"
@@ -91,8 +99,8 @@ class Printing:
         if self.new_tokens > 1:
             rate = f" at {(self.new_tokens - 1) / (self.times[-1] - self.times[1]):.1f} tokens/s"
         ends = {"eos": "the model's end token", "stop": "a stop string", "length": "its length", None: "Ctrl-C"}
-        drafts = f"\nspeculation: {speculation}" if speculation else ""
-        return f"{line}, {self.new_tokens} new tokens{rate}; ended by {ends[self.reason]}{drafts}"
+        speculation = f"\nspeculation: {drafts}" if drafts else ""
+        return f"{line}, {self.new_tokens} new tokens{rate}; ended by {ends[self.reason]}{speculation}"
 
 
 def end_line_on_terminal() -> None:

@@ -17,7 +17,7 @@ from abyssal.config import RunConfig
 from abyssal.config.run import DataConfig
 from abyssal.data.corpus import STDLIB, find_documents, find_files, read_document, split_of
 from abyssal.data.shards import Shards
-from abyssal.engine import LoadedModel, SamplingParameters, load_model, stream_text
+from abyssal.engine import Engine, EngineOptions, LoadedModel, Request, SamplingParameters, load_model
 from abyssal.errors import DataError
 from abyssal.plan import count_parameters
 from abyssal.train import loop
@@ -115,10 +115,10 @@ def show_completions(loaded: LoadedModel, folder: RunFolder, console: Console) -
         "so small a model knows the form of Python, not its meaning:",
         highlight=False,
     )
-    samples = []
+    samples, engine = [], Engine.of(loaded, EngineOptions.single_stream())
     for prompt in PROMPTS:
-        chunks = stream_text(loaded, loaded.encode_prompt(prompt), SAMPLING)
-        text = "".join(chunk.text for chunk in chunks)
+        outputs = engine.stream(Request(loaded.encode_prompt(prompt), SAMPLING))
+        text = "".join(output.text for output in outputs)
         console.print(Panel(f"[dim]{escape(prompt)}[/dim]{escape(text)}", expand=False), highlight=False)
         samples.append({"prompt": prompt, "completion": text})
     folder.write_samples(samples)

@@ -1,49 +1,41 @@
-"""From a model directory to a stream of tokens and text, over the latent cache."""
+"""From a model directory to streams of tokens and text: one engine, and what its clients need."""
 
 from abyssal.engine.async_engine import AsyncEngine, DrainingError, EngineFailedError, OutputStream, QueueFullError
 from abyssal.engine.conversation import Conversation
-from abyssal.engine.engine import Engine, EngineOptions
-from abyssal.engine.generate import generate, new_token_limit
-from abyssal.engine.kept_cache import KeptCache
-from abyssal.engine.latent_cache import ContiguousLatentCache
+from abyssal.engine.detokenizer import Detokenizer
+from abyssal.engine.engine import Engine
 from abyssal.engine.load import LoadedModel, load_model
+from abyssal.engine.options import EngineOptions
 from abyssal.engine.prepare import prepare_for_inference, use_latent_cache
-from abyssal.engine.request import Output, Request
-from abyssal.engine.sampler import GeneratedToken, TokenConstraint
+from abyssal.engine.request import FinishReason, Output, Request, new_token_limit
+from abyssal.engine.request_fault import RequestFailedError
+from abyssal.engine.sampler import ScoredToken, TokenConstraint
 from abyssal.engine.sampling import SamplingParameters, sample
-from abyssal.engine.speculate import Speculation, generate_speculatively, speculation_for
-from abyssal.engine.statistics import EngineStatistics
-from abyssal.engine.text_stream import Chunk, FinishReason, TextStream, stream_text
+from abyssal.engine.statistics import DraftStatistics, EngineStatistics
 
 __all__ = [
     "AsyncEngine",
-    "Chunk",
-    "ContiguousLatentCache",
     "Conversation",
+    "Detokenizer",
+    "DraftStatistics",
     "DrainingError",
     "Engine",
     "EngineFailedError",
     "EngineOptions",
     "EngineStatistics",
     "FinishReason",
-    "GeneratedToken",
-    "KeptCache",
     "LoadedModel",
     "Output",
     "OutputStream",
     "QueueFullError",
     "Request",
+    "RequestFailedError",
     "SamplingParameters",
-    "Speculation",
-    "TextStream",
+    "ScoredToken",
     "TokenConstraint",
-    "generate",
-    "generate_speculatively",
     "load_model",
     "new_token_limit",
     "prepare_for_inference",
     "sample",
-    "speculation_for",
-    "stream_text",
     "use_latent_cache",
 ]

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from abyssal.engine.engine import Engine
 from abyssal.engine.request import Output, Request
+from abyssal.engine.sampling import SamplingParameters
 from abyssal.engine.statistics import EngineStatistics
 from abyssal.errors import AbyssalError, UsageError
 
@@ -26,18 +27,23 @@ class DrainingError(AbyssalError):
 
 
 class EngineFailedError(AbyssalError):
-    """A step failed by a defect of ours, its cause, and with it every request under way."""
+    """The engine failed by a defect of ours, its cause, and with it every request under way."""
+
+
+#: While the last step is one that failed, an idle engine tries itself so often.
+PROBE_S = 1.0
+PROBE = Request([0], SamplingParameters(1, temperature=0))
 
 
 class OutputStream:
-    """The outputs of one request as they come; it ends when all its texts have.
+    """The outputs of one request as they come; it ends when all its sequences have.
 
     Leaving it before, by `aclose` or out of an `async with`, cancels the request and frees its pages.
     """
 
     def __init__(self, driver: AsyncEngine, num_sequences: int) -> None:
         """Made by `AsyncEngine.submit`."""
-        self.num_open = num_sequences  #: texts that have not ended
+        self.num_open = num_sequences  #: sequences that have not ended
         self._driver = driver
         self._ready: deque[Output] = deque()
         self._error: BaseException | None = None
@@ -102,7 +108,7 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
-        """Take over `engine`; up to `max_waiting` texts may wait behind those that it can run at a time."""
+        """Take over `engine`; up to `max_waiting` sequences may wait behind those that it can run at a time."""
         if max_waiting < 0:
             raise UsageError(f"max_waiting={max_waiting}: must be at least 0; 0 takes what can run at once")
         self._engine, self._max_sequences = engine, engine.options.max_running + max_waiting
@@ -110,11 +116,14 @@ class AsyncEngine:
         self._is_draining = False
         self._empty = asyncio.Event()
         self._statistics = engine.statistics()
+        self._failure: EngineFailedError | None = None
+        self._has_ended = False
         # between the threads, under the condition:
         self._condition = threading.Condition()
         self._calls: list[Callable[[], None]] = []
         self._is_stopping = False
         # of the engine's thread alone:
+        self._step_failed = False
         self._by_id: dict[int, OutputStream] = {}
         self._id_of: dict[OutputStream, int] = {}
         self._thread = threading.Thread(target=self._work, name="abyssal-engine", daemon=True)
@@ -143,14 +152,14 @@ class AsyncEngine:
             QueueFullError: too many wait; DrainingError: the engine is about to stop.
         """
         self._engine.check(request)
-        texts, most = request.num_sequences, self._max_sequences
-        if texts > most:
-            raise UsageError(f"num_sequences={texts}: at most {most} texts can run and wait here")
-        if self._is_draining:
+        count, most = max(request.num_sequences, 1), self._max_sequences
+        if count > most:
+            raise UsageError(f"num_sequences={count}: at most {most} texts can run and wait here")
+        if self._is_draining or self._has_ended:
             raise DrainingError("the engine is about to stop and takes no further request; try another one")
-        if self.num_sequences + texts > most:
+        if self.num_sequences + count > most:
             raise QueueFullError(f"{self.num_sequences} texts run and wait, of at most {most}; try again later")
-        stream = OutputStream(self, texts)
+        stream = OutputStream(self, count)
         self._streams.add(stream)
         self._empty.clear()
         self._call(lambda: self._add(stream, request))
@@ -170,6 +179,16 @@ class AsyncEngine:
     def is_draining(self) -> bool:
         """Whether requests are refused."""
         return self._is_draining
+
+    @property
+    def failure(self) -> EngineFailedError | None:
+        """Why the engine does not work at present: its last step failed, or its thread has ended."""
+        return self._failure
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread has ended by a fault, so that nothing is served any more."""
+        return self._has_ended
 
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Refuse further requests and wait for those under way; after `timeout_s` end them with a DrainingError.
@@ -209,47 +228,63 @@ class AsyncEngine:
 
     def _deliver(self, batch: dict[OutputStream, list[Output]], statistics: EngineStatistics) -> None:
         """Hand the outputs of a step to their streams."""
-        self._statistics = statistics
+        self._statistics, self._failure = statistics, None
         for stream, outputs in batch.items():
             if stream in self._streams:
                 stream._take(outputs)
 
-    def _fail_all(self, error: BaseException) -> None:
-        """End everything under way by an error."""
+    def _fail_all(self, failure: EngineFailedError, *, has_ended: bool = False) -> None:
+        """End everything under way by a failure of the engine."""
+        self._failure, self._has_ended = failure, has_ended
         for stream in list(self._streams):
-            stream._fail(error)
+            stream._fail(failure)
 
     # The engine's thread
 
     def _work(self) -> None:
-        """Make calls and steps until told to stop."""
-        while True:
-            with self._condition:
-                while not (self._calls or self._engine.has_work or self._is_stopping):
-                    self._condition.wait()
-                calls, self._calls = self._calls, []
-                if self._is_stopping and not calls:
-                    return
+        """Make calls and steps until told to stop.
+
+        A step that fails costs the requests under way; the engine starts again, empty. If that fails too, or something
+        asks the process to end, the thread ends, and says so.
+        """
+        try:
+            while True:
+                with self._condition:
+                    self._condition.wait_for(
+                        lambda: self._calls or self._engine.has_work or self._is_stopping,
+                        PROBE_S if self._step_failed else None,
+                    )
+                    calls, self._calls = self._calls, []
+                    if self._is_stopping and not calls:
+                        return
+                self._step(calls)
+        except BaseException as error:
+            failure = _failure(error, "the engine has ended; start the server again")
+            self._loop.call_soon_threadsafe(lambda: self._fail_all(failure, has_ended=True))
+
+    def _step(self, calls: Sequence[Callable[[], None]]) -> None:
+        """Make the calls and one step, and send its outputs."""
+        try:
             for call in calls:
                 call()
-            self._step()
-
-    def _step(self) -> None:
-        """Make one step and send its outputs."""
-        try:
+            if self._step_failed and not self._engine.has_work:
+                self._engine.add(PROBE)
             outputs = self._engine.step()
-        except Exception as error:
-            for request_id in list(self._by_id):
-                self._engine.cancel(request_id)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a native library is no Exception
+            self._step_failed = True
             self._by_id.clear()
             self._id_of.clear()
-            failure = EngineFailedError(f"the engine's step failed ({type(error).__name__}); send the request again")
-            failure.__cause__ = error
+            failure = _failure(error, "send the request again")
             self._loop.call_soon_threadsafe(self._fail_all, failure)
+            self._engine.restart()
             return
+        self._step_failed = False
         batch: dict[OutputStream, list[Output]] = {}
         for output in outputs:
-            batch.setdefault(self._by_id[output.request_id], []).append(output)
+            if (stream := self._by_id.get(output.request_id)) is not None:
+                batch.setdefault(stream, []).append(output)
         for stream in [self._by_id[n] for n in self._by_id if not self._engine.is_open(n)]:
             del self._by_id[self._id_of.pop(stream)]
         self._loop.call_soon_threadsafe(self._deliver, batch, self._engine.statistics())
@@ -267,3 +302,9 @@ class AsyncEngine:
         if request_id is not None:
             del self._by_id[request_id]
             self._engine.cancel(request_id)
+
+
+def _failure(error: BaseException, advice: str) -> EngineFailedError:
+    failure = EngineFailedError(f"the engine's step failed ({type(error).__name__}); {advice}")
+    failure.__cause__ = error
+    return failure

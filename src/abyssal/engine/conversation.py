@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 
-from abyssal.engine.kept_cache import KeptCache
+from abyssal.engine.engine import Engine
 from abyssal.engine.load import LoadedModel
+from abyssal.engine.options import EngineOptions
+from abyssal.engine.request import Output, Request
 from abyssal.engine.sampling import SamplingParameters
-from abyssal.engine.speculate import Speculation
-from abyssal.engine.text_stream import Chunk, stream_text
 from abyssal.errors import UsageError
 from abyssal.text.chat_template import ChatTemplate
 
@@ -29,15 +30,16 @@ class Conversation:
         parameters: SamplingParameters,
         *,
         system: str | None = None,
-        speculation: Speculation | None = None,
+        num_drafts: int = 0,
     ) -> None:
-        """Start with nothing but the system prompt `system`, if there is one.
+        """Start with nothing but the system prompt `system`, if there is one, and `num_drafts` behind each token.
 
         With a seed in `parameters`, turn n draws from that seed + n, n = 0, 1, ...
         """
         self._loaded, self._template, self._parameters = loaded, template, parameters
-        self._speculation = speculation
-        self._cached = KeptCache(loaded.model)
+        self.engine = Engine.of(loaded, EngineOptions.single_stream(num_drafts, share_prefixes=True))
+        self._shared_before = 0
+        self._answer: Generator[Output] | None = None
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -50,14 +52,14 @@ class Conversation:
     @property
     def reused_tokens(self) -> int:
         """Tokens of the newest prompt that did not run again."""
-        return self._cached.reused
+        return self.engine.statistics().shared_tokens_total - self._shared_before
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def ask(self, question: str) -> tuple[int, Iterator[Chunk]]:
-        """Add a question, and return the tokens of the whole prompt and the answer, chunk by chunk.
+    def ask(self, question: str) -> tuple[int, Generator[Output]]:
+        """Add a question, and return the tokens of the whole prompt and the answer, token by token.
 
         The answer is part of the conversation as far as it was taken; one of which nothing was taken is taken back
         together with its question, once the iterator is closed.
@@ -76,14 +78,18 @@ class Conversation:
             )
         seed = self._parameters.seed
         parameters = self._parameters if seed is None else replace(self._parameters, seed=seed + self.turns)
-        chunks = stream_text(self._loaded, prompt_ids, parameters, self._speculation, self._cached)
-        return len(prompt_ids), self._recorded(messages, chunks)
+        if self._answer is not None:  # one that was left
+            self._answer.close()
+        self._shared_before = self.engine.statistics().shared_tokens_total
+        self._answer = self._recorded(messages, self.engine.stream(Request(prompt_ids, parameters)))
+        return len(prompt_ids), self._answer
 
-    def _recorded(self, messages: list[dict[str, str]], chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Yield the chunks of an answer to `messages`, and keep it in the conversation."""
+    def _recorded(self, messages: list[dict[str, str]], outputs: Generator[Output]) -> Generator[Output]:
+        """Yield the outputs of an answer to `messages`, and keep its text in the conversation."""
         answer = {"role": "assistant", "content": ""}
-        for chunk in chunks:
-            answer["content"] += chunk.text
-            if chunk.text or chunk.finish_reason is not None:
-                self.messages = [*messages, answer]
-            yield chunk
+        with closing(outputs):
+            for output in outputs:
+                answer["content"] += output.text
+                if output.text or output.finish_reason is not None:
+                    self.messages = [*messages, answer]
+                yield output

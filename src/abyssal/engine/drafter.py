@@ -1,4 +1,4 @@
-"""Drafts for many texts at once, by the MTP modules over pages of the latent cache. Paper: §2.2.
+"""Drafts for many sequences at once, by the MTP modules over pages of the latent cache. Paper: §2.2.
 
 Entry i of module k joins what is known up to token i + k - 1 (for k = 1 the main model's output after the final norm,
 else that of the module before) with token i + k, stands at position i and predicts token i + k + 1, as in training.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from abyssal.engine.paged_cache import PagedLatentCache, TokenRange
-from abyssal.engine.request import SequenceState
+from abyssal.engine.sequence import SequenceState
 from abyssal.model import Transformer
 
 
@@ -32,11 +32,11 @@ class _DraftTask:
     num_drafts: int
 
 
-class BatchDrafter:
+class MTPDrafter:
     """Lets the MTP modules follow the main model, and proposes what comes next."""
 
     def __init__(self, model: Transformer, cache: PagedLatentCache) -> None:
-        """Serve the texts whose tables name pages of `cache`; `model` is prepared by `use_latent_cache`."""
+        """Serve the sequences whose tables name pages of `cache`; `model` is prepared by `use_latent_cache`."""
         self._model, self._cache, self._modules = model, cache, model.mtp_modules
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Many requests on one model: each step lets every text catch up a little. The heart is `Engine.step`.
+"""Many requests on one model: each step lets every sequence catch up a little. The heart is `Engine.step`.
 
 Legend: T packed tokens of a pass, M places to sample at, D hidden, V vocabulary.
 """
@@ -6,63 +6,33 @@ Legend: T packed tokens of a pass, M places to sample at, D hidden, V vocabulary
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from abyssal.engine.adaptive_drafts import AdaptiveDrafts
-from abyssal.engine.drafter import BatchDrafter
+from abyssal.engine.detokenizer import Detokenizer
+from abyssal.engine.drafter import MTPDrafter
 from abyssal.engine.expert_record import ExpertRecord
-from abyssal.engine.generate import check_prompt
 from abyssal.engine.load import LoadedModel
+from abyssal.engine.options import EngineOptions
 from abyssal.engine.paged_cache import PagedCacheView, PagedLatentCache, TokenRange
 from abyssal.engine.pages import PagePool
-from abyssal.engine.request import Output, Request, SequenceState
+from abyssal.engine.request import FinishReason, Output, Request, new_token_limit
+from abyssal.engine.request_fault import request_fault
 from abyssal.engine.sampler import Sampler
 from abyssal.engine.scheduler import Scheduler
-from abyssal.engine.speculate import Speculation
-from abyssal.engine.statistics import EngineStatistics
-from abyssal.engine.text_stream import FinishReason, TextStream
-from abyssal.errors import AbyssalError, UsageError
+from abyssal.engine.scoring import PromptScores, score_tokens
+from abyssal.engine.sequence import SequenceState
+from abyssal.engine.statistics import DraftStatistics, EngineStatistics
+from abyssal.engine.weights import model_with_weights
+from abyssal.errors import UsageError
 from abyssal.model import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How much the engine takes on at a time.
-
-    `max_step_tokens` tokens and drafts a pass, `max_running` texts with pages at a time. The latent cache has at most
-    `cache_bytes`, and no more than all of `max_running` texts could fill, in pages of `page_tokens` tokens.
-    `share_prefixes` lets requests that begin alike share pages. `num_drafts` are made for a pass (None: one for each
-    MTP module; 0: none); `adapt_drafts` leaves them out at loads where they do not pay.
-
-    Raises:
-        UsageError: a number out of its range.
-    """
-
-    max_step_tokens: int = 256
-    max_running: int = 16
-    page_tokens: int = 16
-    cache_bytes: int = 2**30
-    share_prefixes: bool = True
-    num_drafts: int | None = None
-    adapt_drafts: bool = True
-
-    def __post_init__(self) -> None:
-        """Check every number."""
-        for field in ("max_step_tokens", "max_running", "page_tokens", "cache_bytes"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"{field}={getattr(self, field)}: must be at least 1")
-        if self.max_running > self.max_step_tokens:
-            raise UsageError(
-                f"max_running={self.max_running}: must be at most max_step_tokens={self.max_step_tokens}, "
-                "so that each text that runs can have a token a step"
-            )
-        if self.num_drafts is not None and self.num_drafts < 0:
-            raise UsageError(f"num_drafts={self.num_drafts}: must be at least 0; 0 makes none")
+Scheduled = dict[SequenceState, int]  #: how many tokens each sequence computes in a step
 
 
 @dataclass(frozen=True)
@@ -81,7 +51,7 @@ class _ForwardOutput:
 class Engine:
     """Continues many prompts at once; not for several threads.
 
-    A text is the same whatever runs beside it, up to rounding: of a request with a seed, or at temperature 0, also
+    A sequence is the same whatever runs beside it, up to rounding: of a request with a seed, or at temperature 0, also
     however it is cut into steps, shared, preempted and drafted.
     """
 
@@ -99,21 +69,23 @@ class Engine:
             model: its dispatchers of experts are listened to; otherwise not changed.
             options: see there.
             tokenizer: none leaves out all text; stop strings are refused then.
-            end_ids: the tokens that end a text, where a request names none.
+            end_ids: the tokens that end a sequence, where a request names none.
 
         Raises:
             UsageError: the options do not fit the model or one another.
         """
         self.options = options = options or EngineOptions()
         config = model.config
-        self._model, self._tokenizer, self._end_ids = model, tokenizer, frozenset(end_ids)
+        self._tokenizer, self._end_ids = tokenizer, frozenset(end_ids)
         modules = config.num_nextn_predict_layers
         self._num_drafts = modules if options.num_drafts is None else options.num_drafts
         if self._num_drafts and not modules:
             raise UsageError(f"num_drafts={self._num_drafts}: drafts come from MTP modules, and this model has none")
         width = (config.kv_lora_rank + config.qk_rope_head_dim) * config.num_layers * model.compute_dtype.itemsize
-        most = options.max_running * -(-config.max_position_embeddings // options.page_tokens)
-        num_pages = max(min(options.cache_bytes // (width * options.page_tokens), most), 1)
+        longest = min(options.max_sequence_tokens or config.max_position_embeddings, config.max_position_embeddings)
+        num_pages = options.max_running * -(-longest // options.page_tokens)
+        if options.cache_bytes is not None:
+            num_pages = max(min(options.cache_bytes // (width * options.page_tokens), num_pages), 1)
         self._pool = PagePool(num_pages, options.page_tokens)
         self._adaptive = AdaptiveDrafts(adapts=options.adapt_drafts)
         self._scheduler = Scheduler(
@@ -126,39 +98,59 @@ class Engine:
         self._cache = PagedLatentCache(
             config, num_pages, options.page_tokens, model.compute_dtype, model.head_weight.device
         )
-        self._expert_record = ExpertRecord(model)
-        self._drafter = BatchDrafter(model, self._cache)
-        self._speculation = Speculation(max(self._num_drafts, 1))
+        self.draft_statistics = DraftStatistics(max(self._num_drafts, 1))
         self._requests: dict[int, list[SequenceState]] = {}
         self._next_id = self._num_new_tokens = self._num_steps = 0
+        self._serve(model)
 
     @classmethod
     def of(cls, loaded: LoadedModel, options: EngineOptions | None = None) -> Engine:
         """Serve a model directory that `load_model` has read."""
         return cls(loaded.model, options, tokenizer=loaded.tokenizer, end_ids=loaded.eos_ids)
 
+    def _serve(self, model: Transformer) -> None:
+        """Let every further step run `model`."""
+        self._model = model
+        self._expert_record = ExpertRecord(model)
+        self._drafter = MTPDrafter(model, self._cache)
+
     # Requests
 
     def check(self, request: Request) -> int:
-        """Return how many tokens each text of a request can have; reads nothing that a step changes.
+        """Return how many tokens each sequence of a request can have; reads nothing that a step changes.
 
         Raises:
             UsageError: the prompt or a parameter cannot be.
         """
-        parameters = request.parameters
-        limit = check_prompt(self._model, request.prompt_ids, parameters)
-        vocab_size, num_prompt_tokens = self._model.config.vocab_size, len(request.prompt_ids)
-        if request.num_sequences < 1:
-            raise UsageError(f"num_sequences={request.num_sequences}: must be at least 1")
+        parameters, ids, config = request.parameters, request.prompt_ids, self._model.config
+        if not ids:
+            raise UsageError("prompt: has no tokens; give some text, or let it start with the BOS token")
+        last = config.vocab_size - 1
+        for token in (min(ids), max(ids)):
+            if not 0 <= token <= last:
+                raise UsageError(f"prompt: token id {token} is not one of the model's, 0 to {last}")
+        only_scored = request.num_sequences == 0 and request.prompt_logprobs is not None
+        if request.num_sequences < 1 and not only_scored:
+            raise UsageError(f"num_sequences={request.num_sequences}: must be at least 1 (0 with prompt_logprobs)")
+        if only_scored and len(ids) <= config.max_position_embeddings:
+            limit = 0
+        else:
+            limit = new_token_limit(config, len(ids), parameters.max_new_tokens)
+        if request.prompt_logprobs is not None and request.prompt_logprobs < 0:
+            raise UsageError(f"prompt_logprobs={request.prompt_logprobs}: must be at least 0; 0 adds no other tokens")
+        if request.prompt_logprobs is not None and not 1 <= request.prompt_logprobs_start <= len(ids):
+            raise UsageError(
+                f"prompt_logprobs_start={request.prompt_logprobs_start}: must be from 1 to {len(ids)}, the prompt's end"
+            )
         if parameters.stop and self._tokenizer is None:
             raise UsageError("stop: needs a tokenizer, and the engine was built without one")
         for token, _ in parameters.logit_bias:
-            if token >= vocab_size:
-                raise UsageError(f"logit_bias: token id {token} is not one of the model's, 0 to {vocab_size - 1}")
+            if token > last:
+                raise UsageError(f"logit_bias: token id {token} is not one of the model's, 0 to {last}")
         room = self._pool.num_pages * self._pool.page_tokens
-        if num_prompt_tokens + limit - 1 > room:  # the last token is never fed back
+        if len(ids) + max(limit - 1, 0) > room:  # the last token is never fed back
             raise UsageError(
-                f"prompt: {num_prompt_tokens} tokens and {limit} new ones do not fit the latent cache of {room} "
+                f"prompt: {len(ids)} tokens and {limit} new ones do not fit the latent cache of {room} "
                 "tokens; ask for fewer, or give the engine more cache_bytes"
             )
         return limit
@@ -168,27 +160,36 @@ class Engine:
 
         Raises:
             UsageError: the prompt or a parameter cannot be; nothing has changed then.
+            RequestFailedError: its constraint cannot be made; likewise.
         """
-        most = len(request.prompt_ids) + self.check(request)
-        request_id, self._next_id = self._next_id, self._next_id + 1
+        max_tokens = len(request.prompt_ids) + self.check(request)
         sequences: list[SequenceState] = []
-        for index in range(request.num_sequences):
-            constraint = None if request.constraint is None else request.constraint()
+        for index in range(max(request.num_sequences, 1)):
+            try:
+                constraint = None if request.constraint is None else request.constraint()
+            except BaseException as error:
+                raise request_fault(error) from error
+            scores = None
+            if index == 0 and request.prompt_logprobs is not None:
+                scores = PromptScores(request.prompt_logprobs_start, request.prompt_logprobs)
             sequence = SequenceState(
-                request_id=request_id,
+                request_id=self._next_id,
                 index=index,
                 tokens=list(request.prompt_ids),
-                max_tokens=most,
+                max_tokens=max_tokens,
                 sampler=Sampler(request.parameters, request.prompt_ids, index, constraint),
                 end_ids=self._end_ids if request.end_ids is None else request.end_ids,
-                text=None if self._tokenizer is None else TextStream(self._tokenizer, request.parameters.stop),
+                detokenizer=None if self._tokenizer is None else Detokenizer(self._tokenizer, request.parameters.stop),
                 wants_experts=request.wants_experts,
+                scores=scores,
                 leader=sequences[0] if sequences and self.options.share_prefixes else None,
             )
             sequences.append(sequence)
+        for sequence in sequences:
             self._scheduler.add(sequence)
-        self._requests[request_id] = sequences
-        return request_id
+        self._requests[self._next_id] = sequences
+        self._next_id += 1
+        return self._next_id - 1
 
     def cancel(self, request_id: int) -> None:
         """Forget a request and free its pages; one that has ended, or never was, is no fault."""
@@ -196,8 +197,29 @@ class Engine:
             if not sequence.is_finished:
                 self._scheduler.remove(sequence)
 
+    def stream(self, request: Request) -> Generator[Output]:
+        """Return the outputs of a request as they come, on an engine without other work; leaving them cancels it.
+
+        Raises:
+            UsageError: when called: the prompt or a parameter cannot be.
+            AbyssalError: while iterating: what ended a sequence before its time.
+        """
+        self.check(request)
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Generator[Output]:
+        request_id = self.add(request)
+        try:
+            while self.is_open(request_id):
+                for output in self.step():
+                    if output.error is not None:
+                        raise output.error
+                    yield output
+        finally:
+            self.cancel(request_id)
+
     def is_open(self, request_id: int) -> bool:
-        """Whether a text of this request has not ended."""
+        """Whether a sequence of this request has not ended."""
         return request_id in self._requests
 
     @property
@@ -205,26 +227,56 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self._requests)
 
+    def restart(self) -> None:
+        """Forget all requests and all cached pages, as after a step that failed.
+
+        Raises:
+            RuntimeError: the engine's state is broken all the same.
+        """
+        for request_id in list(self._requests):
+            self.cancel(request_id)
+        self._pool.drop_cached()
+        self.check_integrity()
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Go on with new weights: names and shapes of a model directory, any order, values cast and packed as loaded.
+
+        A sequence under way keeps the tokens that it has; all else of it is computed anew by the new weights, and it
+        goes on with them. Cached pages are dropped, since their latents belong to the old weights. The whole stream is
+        looked at before anything changes; until then memory holds both models.
+
+        Raises:
+            UsageError: a tensor is missing, of another name or shape, comes twice or is not finite; nothing has
+                changed then.
+        """
+        self._serve(model_with_weights(self._model, weights))
+        self._scheduler.preempt_all()
+        self._pool.drop_cached()
+        for sequence in self._scheduler.waiting:
+            if sequence.scores is not None and sequence.scores.next_place < sequence.num_prompt_tokens:
+                sequence.scores.tokens.clear()
+
     # A step
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Let every text that can catch up a little, and return the new tokens, in order of arrival and place."""
+        """Let every sequence that can catch up a little, and return the new tokens, in order of arrival and place."""
         scheduled = self._scheduler.schedule()
         if not scheduled:
             return []
         forward = self._forward(scheduled)
+        self._score(scheduled, forward.hidden)
         outputs = self._sample(scheduled, forward)
         self._finish(outputs)
-        chosen = time.perf_counter()
+        sampled = time.perf_counter()
         self._draft(scheduled, forward.hidden)
         for sequence in scheduled:
             self._scheduler.cache_full_pages(sequence)
-        self._record_step(scheduled, forward, outputs, chosen)
+        self._record_step(scheduled, forward, outputs, sampled)
         return outputs
 
-    def _forward(self, scheduled: dict[SequenceState, int]) -> _ForwardOutput:
-        """Run everybody's share through the main model, with logits where a token can be sampled."""
+    def _forward(self, scheduled: Scheduled) -> _ForwardOutput:
+        """Run what is scheduled through the main model, with logits where a token can be sampled."""
         began = time.perf_counter()
         tokens: list[int] = []
         ranges: list[TokenRange] = []
@@ -250,7 +302,19 @@ class Engine:
         normalisers, likeliest = wide.logsumexp(-1).tolist(), logits.argmax(-1).tolist()
         return _ForwardOutput(began, only_decodes, hidden, logits, normalisers, likeliest, experts)
 
-    def _sample(self, scheduled: dict[SequenceState, int], forward: _ForwardOutput) -> list[Output]:
+    def _score(self, scheduled: Scheduled, hidden: Tensor) -> None:
+        """Score the prompt tokens whose places before them were computed, where that is asked for."""
+        row = 0
+        for sequence, count in scheduled.items():
+            start, scores = sequence.num_computed, sequence.scores
+            if scores is not None:
+                first, end = scores.next_place, min(start + count + 1, sequence.num_prompt_tokens)
+                if first < end:
+                    outputs = hidden[row + first - 1 - start : row + end - 1 - start]
+                    scores.tokens += score_tokens(self._model, outputs, sequence.tokens[first:end], scores.top)
+            row += count
+
+    def _sample(self, scheduled: Scheduled, forward: _ForwardOutput) -> list[Output]:
         """Sample at every place up to the first draft that is not the sampled token; count what is computed by now."""
         outputs: list[Output] = []
         row = 0
@@ -260,9 +324,9 @@ class Engine:
                 sequence.num_computed += count
                 continue
             drafts = sequence.drafts[: places - 1]
-            verifies = sequence.follows_mtp and sequence.is_decoding
+            verifies = sequence.follows_mtp and sequence.is_decoding and sequence.num_new > 0
             if verifies:
-                self._speculation.count_pass(len(drafts))
+                self.draft_statistics.count_pass(len(drafts))
             sequence.num_computed = len(sequence.tokens) - 1
             for place, draft in enumerate([*drafts, None]):
                 output = self._append_token(sequence, forward, row + place, draft)
@@ -271,7 +335,7 @@ class Engine:
                     break
                 sequence.num_computed += 1
                 if verifies:
-                    self._speculation.count_token(place, accepted=output.was_draft)
+                    self.draft_statistics.count_token(place, accepted=output.was_draft)
                 if output.finish_reason is not None or not output.was_draft:
                     break
             row += places
@@ -279,26 +343,31 @@ class Engine:
         return outputs
 
     def _append_token(self, sequence: SequenceState, forward: _ForwardOutput, row: int, draft: int | None) -> Output:
-        """Sample one token for a text and say what it adds."""
+        """Sample one token for a sequence and say what it adds; a fault of what the request brought ends it."""
         who = (sequence.request_id, sequence.index)
+        scores = None
+        if sequence.scores is not None and sequence.num_new == 0:
+            scores = tuple(sequence.scores.tokens)
+        if not sequence.generates:
+            return Output(*who, None, finish_reason="length", prompt_logprobs=scores)
         try:
             token = sequence.sampler.choose(forward.logits[row], forward.normalisers[row], forward.likeliest[row])
-        except AbyssalError as error:
-            return Output(*who, None, finish_reason="error", error=error)
-        sequence.tokens.append(token.id)
-        ended, full = token.id in sequence.end_ids, sequence.num_left == 0
-        text, stopped = "", False
-        if sequence.text is not None:
-            text = "" if ended else sequence.text.push(token.id)  # an end token is no text
-            if ended or full:
-                text += sequence.text.flush()
-            stopped = sequence.text.matched is not None
+            sequence.tokens.append(token.id)
+            ended, full = token.id in sequence.end_ids, sequence.num_left == 0
+            text, stopped = "", False
+            if sequence.detokenizer is not None:
+                text = "" if ended else sequence.detokenizer.push(token.id)  # an end token is no text
+                if ended or full:
+                    text += sequence.detokenizer.flush()
+                stopped = sequence.detokenizer.matched is not None
+        except BaseException as error:
+            return Output(*who, None, finish_reason="error", error=request_fault(error))
         reason: FinishReason | None = "stop" if stopped else "eos" if ended else "length" if full else None
         experts = forward.experts[row] if sequence.wants_experts else ()
-        return Output(*who, token, text, token.id == draft, experts, reason, draft=draft)
+        return Output(*who, token, text, token.id == draft, experts, reason, draft=draft, prompt_logprobs=scores)
 
     def _finish(self, outputs: list[Output]) -> None:
-        """Let go of the texts that have ended; what they filled of the cache may serve later requests."""
+        """Let go of the sequences that have ended; what they filled of the cache may serve later requests."""
         for output in outputs:
             if output.finish_reason is None:
                 continue
@@ -308,8 +377,8 @@ class Engine:
             if all(sequence.is_finished for sequence in sequences):
                 del self._requests[output.request_id]
 
-    def _draft(self, scheduled: dict[SequenceState, int], hidden: Tensor) -> None:
-        """Let the MTP modules follow the texts that go on, and draft behind those that only decode by now."""
+    def _draft(self, scheduled: Scheduled, hidden: Tensor) -> None:
+        """Let the MTP modules follow the sequences that go on, and draft behind those that only decode by now."""
         num_running = len(self._scheduler.running)
         follows, drafts = self._adaptive.follows(num_running), self._adaptive.drafts(num_running)
         wanted: dict[SequenceState, int] = {}
@@ -339,13 +408,13 @@ class Engine:
         return count
 
     def _record_step(
-        self, scheduled: dict[SequenceState, int], forward: _ForwardOutput, outputs: list[Output], chosen: float
+        self, scheduled: Scheduled, forward: _ForwardOutput, outputs: list[Output], sampled: float
     ) -> None:
-        """Count the step; `chosen` is when its tokens were."""
+        """Count the step; `sampled` is when its tokens were."""
         self._num_steps += 1
         self._num_new_tokens += sum(output.token is not None for output in outputs)
         if forward.only_decodes:
-            times = {"pass_s": chosen - forward.began, "draft_s": time.perf_counter() - chosen}
+            times = {"pass_s": sampled - forward.began, "draft_s": time.perf_counter() - sampled}
             self._adaptive.observe(len(scheduled), sum(scheduled.values()) - len(scheduled), len(outputs), **times)
 
     # What it holds
@@ -364,8 +433,8 @@ class Engine:
             new_tokens_total=self._num_new_tokens,
             preemptions_total=scheduler.num_preempted,
             steps_total=self._num_steps,
-            drafted=tuple(self._speculation.drafted),
-            accepted=tuple(self._speculation.accepted),
+            drafted=tuple(self.draft_statistics.drafted),
+            accepted=tuple(self.draft_statistics.accepted),
             makes_drafts=self._num_drafts > 0 and self._adaptive.follows(max(len(scheduler.running), 1)),
         )
 
@@ -376,6 +445,6 @@ class Engine:
             RuntimeError: one of them is broken, which is a defect of ours.
         """
         self._scheduler.check_integrity()
-        alive = {c for sequences in self._requests.values() for c in sequences if not c.is_finished}
+        alive = {s for sequences in self._requests.values() for s in sequences if not s.is_finished}
         if alive != {*self._scheduler.running, *self._scheduler.waiting}:
-            raise RuntimeError("engine: broken: a text that has not ended runs or waits, and no other does")
+            raise RuntimeError("engine: broken: a sequence that has not ended runs or waits, and no other does")

@@ -17,7 +17,7 @@ from abyssal.engine.generation_config import GenerationDefaults, read_generation
 from abyssal.engine.prepare import prepare_for_inference
 from abyssal.errors import ModelDirectoryError, UsageError, nearest
 from abyssal.model import Transformer
-from abyssal.ops.kernels import choose_kernels
+from abyssal.ops.kernels import Kernels, choose_kernels
 from abyssal.text.fim import FillInTheMiddle, missing_tokens
 from abyssal.text.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, ready for `generate`, with its tokenizer and what its directory asks for."""
+    """A model on its device, ready for an engine, with its tokenizer and what its directory asks for."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -92,7 +92,8 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu", threa
             f"{config.vocab_size}; this is another model's tokenizer.json"
         )
     defaults = read_generation_defaults(path, config)
-    model = _materialise(config, _stored_dtype(reader) if dtype == "auto" else DTYPES[dtype], place)
+    compute_dtype = _stored_dtype(reader) if dtype == "auto" else DTYPES[dtype]
+    model = materialise(config, compute_dtype, place, choose_kernels(place, compute_dtype, "decode"))
     _fill(model, reader)
     prepare_for_inference(model)
     return LoadedModel(model, tokenizer, config, defaults)
@@ -138,13 +139,13 @@ def _fill(model: Transformer, reader: ModelReader) -> None:
         WeightMismatch(not_finite=not_finite).refuse(reader.path)
 
 
-def _materialise(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
+def materialise(config: ModelConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> Transformer:
     """Return a model with its parameters allocated in `dtype` on `device`, not filled; buffers stay fp32.
 
     Built on the meta device first, so that nothing is ever allocated in another precision.
     """
     with torch.device("meta"):
-        model = Transformer(config, choose_kernels(device, dtype, "decode"), compute_dtype=dtype)
+        model = Transformer(config, kernels, compute_dtype=dtype)
     for module in model.modules():
         # torch.empty, since to_empty's empty_like of a meta tensor imports sympy: a second
         for name, parameter in module.named_parameters(recurse=False):

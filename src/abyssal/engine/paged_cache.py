@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,12 +17,13 @@ from abyssal.config import ModelConfig
 from abyssal.model import Context
 from abyssal.ops.latent_attention import PaddedLatents
 
-ROUND = 64  # each new length of what several texts read costs the matrix library a kernel
+ALIGNMENT = 64  # bytes, as torch aligns its own tensors
+ROUND = 64  # each new length of what several sequences read costs the matrix library a kernel
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRange:
-    """New tokens at the places `start` to `start + count` of a text whose latents lie in `pages`."""
+    """New tokens at the places `start` to `start + count` of a sequence whose latents lie in `pages`."""
 
     pages: Sequence[int]
     start: int
@@ -28,7 +31,7 @@ class TokenRange:
 
 
 class PagedLatentCache:
-    """Keeps C + R values a token and layer, in pages that any number of texts may share.
+    """Keeps C + R values a token and layer, in pages that any number of sequences may share.
 
     The MTP layers stand behind the main ones and use the same tables. Which page belongs to whom is the pool's matter
     (abyssal.engine.pages); here are the numbers only.
@@ -42,8 +45,8 @@ class PagedLatentCache:
         """Allocate `num_pages` pages of `page_tokens` places for all layers, MTP layers included."""
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.page_tokens = page_tokens
-        # Zeros: what stands behind a short text is multiplied with weights of 0 beside longer ones.
-        self._storage = torch.zeros((config.num_layers, num_pages, page_tokens, width), dtype=dtype, device=device)
+        # Zeros: what stands behind a short sequence is multiplied with weights of 0 beside longer ones.
+        self._storage = _zeros((config.num_layers, num_pages, page_tokens, width), dtype, torch.device(device))
 
     @property
     def bytes(self) -> int:
@@ -54,7 +57,7 @@ class PagedLatentCache:
         """Return the context of a pass over the tokens of `ranges`, one behind another.
 
         Args:
-            ranges: the texts that take part, each with at least one token.
+            ranges: the sequences that take part, each with at least one token.
             first_layer: what the pass's layers, counted from 0, stand for in the storage.
         """
         device = self._storage.device
@@ -67,7 +70,7 @@ class PagedLatentCache:
 
 
 class PagedCacheView:
-    """The cache as one pass sees it: where its new tokens go, and what each of its texts reads."""
+    """The cache as one pass sees it: where its new tokens go, and what each of its sequences reads."""
 
     def __init__(self, storage: Tensor, ranges: Sequence[TokenRange]) -> None:
         """Work out the places once for all layers; `storage` is [L, P, page_tokens, C+R]."""
@@ -84,7 +87,7 @@ class PagedCacheView:
             list(new.pages[: -(-length // size)]) for new, length in zip(ranges, self._lengths, strict=True)
         ]
         self._padded: _Gather | None = None
-        self._reads: list[int | _Gather] = []  # of each text its first page, where all lie side by side
+        self._reads: list[int | _Gather] = []  # of each sequence its first page, where all lie side by side
         if len(ranges) > 1 and all(new.count == 1 for new in ranges):
             width = -(-max(self._lengths) // ROUND) * ROUND
             num_pages = -(-width // size)
@@ -97,7 +100,7 @@ class PagedCacheView:
             ]
 
     def append(self, layer: int, c_kv: Tensor, k_rope: Tensor) -> Sequence[Tensor]:
-        """Write the new tokens of `layer` to their places and return what each text holds by now, in order.
+        """Write the new tokens of `layer` to their places and return what each sequence holds by now, in order.
 
         Args:
             layer: counted from the pass's first layer.
@@ -129,3 +132,13 @@ class _Gather:
     def read(self, pages: Tensor) -> Tensor:
         """Return the rows [pages * page_tokens, C+R] of a layer's `pages`."""
         return torch.index_select(pages, 0, self._table, out=self._copy).flatten(0, 1)
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on the CPU they take memory only as they are written to, where `torch.zeros` writes all of them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8))
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).view(shape)

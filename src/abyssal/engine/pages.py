@@ -28,8 +28,8 @@ def hash_page(parent: bytes, tokens: Sequence[int]) -> bytes:
 class PageContent:
     """What a full page holds: its tokens behind those of its parents, which `hash` stands for.
 
-    Where the MTP layers follow, their entries on the page know a few tokens behind it, and these are named too: a text
-    that parts from this one right there would have others.
+    Where the MTP layers follow, their entries on the page know a few tokens behind it, and these are named too: a
+    sequence that parts from this one right there would have others.
     """
 
     hash: bytes
@@ -105,7 +105,7 @@ class PagePool:
             self._references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Take a reference from pages in the order of a table; the last of a text are then given away first."""
+        """Take a reference from pages in the order of a table; the last of a sequence are then evicted first."""
         for page in reversed(pages):
             self._references[page] -= 1
             if self._references[page] == 0:
@@ -126,11 +126,18 @@ class PagePool:
             self._page_of[content.hash] = page
             self._content[page] = content
 
+    def drop_cached(self) -> None:
+        """Let nobody find the content of any page that is here by now; pages in use stay so."""
+        for page in list(self._cached):
+            self._evict(page)
+        self._page_of.clear()
+        self._content = [None] * self.num_pages
+
     def find(self, tokens: Sequence[int], lookahead: int) -> list[int]:
         """Return the pages that hold the beginning of `tokens`, full pages only; they are not referenced yet.
 
         Args:
-            tokens: of a text.
+            tokens: of a sequence.
             lookahead: how many tokens behind a page its content depends on.
         """
         pages: list[int] = []

@@ -12,8 +12,8 @@ from abyssal.model import AbsorbedCore, Transformer
 from abyssal.model.dispatcher import InFlight, LocalDispatcher
 from abyssal.model.feed_forward import DenseFFN, StackedExperts
 from abyssal.model.layers import Linear
-from abyssal.ops.packed import pack, packed_expert_ffn, packed_linear, why_not_packed
 from abyssal.ops.swiglu import swiglu
+from abyssal.ops.version import Version, cast
 
 #: Read as they are: by the absorbed attention core, and by whoever needs logits or a loss.
 UNPACKED = ("kv_b_proj", "lm_head")
@@ -50,48 +50,42 @@ def dispatch_plainly(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def pack_weights(model: Transformer) -> str | None:
-    """Pack the linear layers and experts of `model` in place, where its device and dtype allow it.
-
-    Returns:
-        Why nothing was packed, or None.
-    """
-    dtype = model.compute_dtype
-    reason = why_not_packed(model.head_weight.device, dtype)
-    if reason is not None:
-        return reason
+def pack_weights(model: Transformer) -> None:
+    """Pack the linear layers and experts of `model` in place, if its kernels are versions that want it."""
+    dtype, linear, experts = model.compute_dtype, model.kernels.linear, model.kernels.experts
+    if linear.prepare is cast:
+        return
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is DenseFFN:
-                setattr(module, name, PackedFFN(child, dtype))
+                setattr(module, name, PackedFFN(child, linear, dtype))
             elif type(child) is StackedExperts:
-                setattr(module, name, PackedExperts(child, dtype))
+                setattr(module, name, PackedExperts(child, experts, dtype))
             elif type(child) is Linear and name not in UNPACKED:
-                setattr(module, name, PackedLinear(child.weight.to(dtype)))
-    return None
+                setattr(module, name, PackedLinear(child.weight, linear, dtype))
 
 
 class PackedLinear(nn.Module):
     """y = x W^T over a packed weight, in its dtype."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, version: Version, dtype: torch.dtype) -> None:
         """Pack W [out, in]."""
         super().__init__()
-        self.packed = pack(weight)
+        self.kernel, self.packed = version.function, version.prepare(weight, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, in] to [T, out]."""
-        return packed_linear(x, self.packed)
+        return self.kernel(x, self.packed)
 
 
 class PackedFFN(DenseFFN):
     """A SwiGLU network with gate and up in one product."""
 
-    def __init__(self, ffn: DenseFFN, dtype: torch.dtype) -> None:
+    def __init__(self, ffn: DenseFFN, version: Version, dtype: torch.dtype) -> None:
         """Pack the three weights."""
         nn.Module.__init__(self)
-        self.gate_up_proj = PackedLinear(torch.cat((ffn.gate_proj.weight, ffn.up_proj.weight)).to(dtype))
-        self.down_proj = PackedLinear(ffn.down_proj.weight.to(dtype))  # type: ignore[assignment]
+        self.gate_up_proj = PackedLinear(torch.cat((ffn.gate_proj.weight, ffn.up_proj.weight)), version, dtype)
+        self.down_proj = PackedLinear(ffn.down_proj.weight, version, dtype)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, D] to [T, D]."""
@@ -102,15 +96,16 @@ class PackedFFN(DenseFFN):
 class PackedExperts(nn.Module):
     """All experts of a layer, each packed apart."""
 
-    def __init__(self, experts: StackedExperts, dtype: torch.dtype) -> None:
+    def __init__(self, experts: StackedExperts, version: Version, dtype: torch.dtype) -> None:
         """Pack the slices of both stacks."""
         super().__init__()
-        self.gate_up = [pack(expert.to(dtype)) for expert in experts.gate_up_proj]
-        self.down = [pack(expert.to(dtype)) for expert in experts.down_proj]
+        self.kernel = version.function
+        self.gate_up = version.prepare(experts.gate_up_proj, dtype)
+        self.down = version.prepare(experts.down_proj, dtype)
 
     def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """Map rows [M, D], sorted by expert, to their weighted outputs [M, D]."""
-        return packed_expert_ffn(rows, weights, counts, self.gate_up, self.down)
+        return self.kernel(rows, weights, counts, self.gate_up, self.down)
 
 
 class PlainDispatcher(LocalDispatcher):

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from abyssal.engine.sampling import SamplingParameters, sample
-from abyssal.errors import ModelDirectoryError
+from abyssal.errors import ModelDirectoryError, UsageError
 
 
 class TokenConstraint(Protocol):
     """What the next token may be, as a grammar or another rule has it.
 
     It hears of sampled tokens only, never of drafts, so it needs no way back: a draft is verified by sampling, under
-    the mask of its place, what it must agree with. An `AbyssalError` raised here ends the text, and no other.
+    the mask of its place, what it must agree with. Whatever is raised here ends its sequence, and no other.
     """
 
     def allowed(self) -> Tensor | None:
@@ -35,7 +35,7 @@ class TokenConstraint(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class GeneratedToken:
+class ScoredToken:
     """A token and its log-probability under the model itself: before the request changes the logits.
 
     `top` are the likeliest tokens of its place with theirs, where the request asks for some.
@@ -71,7 +71,7 @@ class Sampler:
         return self.parameters.temperature == 0 and self._constraint is None and not self.parameters.changes_logits
 
     @torch.inference_mode()
-    def choose(self, logits: Tensor, normaliser: float | None = None, likeliest: int | None = None) -> GeneratedToken:
+    def choose(self, logits: Tensor, normaliser: float | None = None, likeliest: int | None = None) -> ScoredToken:
         """Sample the next token and count it.
 
         Args:
@@ -101,7 +101,7 @@ class Sampler:
             values, ids = logits.topk(min(self.parameters.top_logprobs, len(logits)))
             differences = values.double() - normaliser  # as below, so that a token has one log-probability, not two
             top = tuple(zip(ids.tolist(), differences.tolist(), strict=True))
-        return GeneratedToken(token, float(logits[token]) - normaliser, top)
+        return ScoredToken(token, float(logits[token]) - normaliser, top)
 
     def _changed(self, logits: Tensor) -> Tensor:
         """Return the logits with everything the request adds to them."""
@@ -121,6 +121,8 @@ class Sampler:
             counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype, device=logits.device)
             logits[list(self._counts)] -= p.frequency_penalty * counts + p.presence_penalty
         if mask is not None:
+            if not bool(mask.any()):
+                raise UsageError("constraint: allows no token, so nothing can follow")
             logits.masked_fill_(~mask.to(logits.device), -math.inf)
         return logits
 

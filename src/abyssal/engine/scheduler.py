@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from abyssal.engine.pages import ROOT_HASH, PageContent, PagePool, hash_page
-from abyssal.engine.request import SequenceState
+from abyssal.engine.sequence import SequenceState
 
 
 class Scheduler:
@@ -98,16 +98,22 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preempted += 1
 
+    def preempt_all(self) -> None:
+        """Let all that run start over, in their order."""
+        for sequence in reversed(self.running.copy()):
+            self._preempt(sequence)
+
     def _admit(self) -> SequenceState | None:
         """Let the first that waits run, with pages for all its tokens, where that is possible."""
         if not self.waiting or len(self.running) == self._max_running or self.waiting[0].waits_for_prompt:
             return None
         sequence = self.waiting[0]
         tokens, size = sequence.tokens, self.pool.page_tokens
-        lookahead = self._lookahead(len(self.running) + 1)
+        lookahead = self._lookahead(len(self.running) + 1) if sequence.generates else 0
         shared: list[int] = []
         if self._share_prefixes:  # the newest token is computed in any case, for its output
-            shared = self.pool.find(tokens[: len(tokens) - (not lookahead)], lookahead)
+            most = min(len(tokens) - (not lookahead), sequence.num_shareable + lookahead)
+            shared = self.pool.find(tokens[:most], lookahead)
         self.pool.share(shared)
         pages = self.pool.allocate(self.pool.pages_for(len(tokens)) - len(shared), after=shared[-1] if shared else None)
         if pages is None:

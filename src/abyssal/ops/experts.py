@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from abyssal.ops.linear import Product, WeightGradients, cast_once, linear
-from abyssal.ops.version import Version, on_cpu
+from abyssal.ops.packed import pack_each, packed_expert_ffn, why_not_packed
+from abyssal.ops.version import Version, decode_only, on_cpu
 
 Experts = Callable[..., Tensor]
 
@@ -225,4 +226,8 @@ class CastExperts:
         return self.kernel(rows, weights, counts, self.gate_up, self.down, self.deferred)
 
 
-VERSIONS = (Version(segmented_expert_ffn, why_not=on_cpu), Version(expert_ffn))
+VERSIONS = (
+    decode_only(packed_expert_ffn, why_not_packed, prepare=pack_each),
+    Version(segmented_expert_ffn, why_not=on_cpu),
+    Version(expert_ffn),
+)

@@ -32,9 +32,14 @@ def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
     return why_not_bfloat16_products() if dtype == torch.bfloat16 else None
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Return the weight [out, in] packed, a copy; where `why_not_packed` says nothing against it."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())  # type: ignore[no-any-return]
+def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight [out, in] in `dtype`, packed, a copy; where `why_not_packed` says nothing against it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())  # type: ignore[no-any-return]
+
+
+def pack_each(stack: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return each of the weights [E, out, in] packed."""
+    return [pack(weight, dtype) for weight in stack]
 
 
 def num_rows_read(num_rows: int) -> int:
@@ -94,6 +99,6 @@ def _activate(pre: Tensor, weights: Tensor) -> Tensor:
 
 
 VERSIONS = (
-    decode_only(packed_linear, why_not_packed, prepare=lambda weight, dtype: pack(weight.to(dtype))),
+    decode_only(packed_linear, why_not_packed, prepare=pack),
     Version(linear),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -64,12 +65,12 @@ class Connection:
             while chunk := self.stream.recv(LONGEST_LINE):
                 *lines, self._rest = (self._rest + chunk).split(b"\n")
                 if lines:
-                    return [json.loads(line) for line in lines]
+                    return [dict(json.loads(line)) for line in lines]
                 if len(self._rest) > LONGEST_LINE:
                     return None
         except BlockingIOError:
             return []
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):  # gone, or none of ours
             pass
         return None
 
@@ -204,6 +205,8 @@ class HeartbeatProcess:
 
     def _listen(self) -> None:
         """Wait for all ranks, this one's own process among them, and tell the rank the address."""
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each rank has a connection
         if dual := socket.has_dualstack_ipv6():
             listener = socket.create_server(("", 0), family=socket.AF_INET6, backlog=4096, dualstack_ipv6=dual)
         else:
@@ -213,7 +216,10 @@ class HeartbeatProcess:
         self.control.send({"address": [own_host(*self.settings.store), listener.getsockname()[1]]})
 
     def _accept(self, listener: socket.socket) -> None:
-        client = Connection(listener.accept()[0])
+        try:
+            client = Connection(listener.accept()[0])
+        except OSError:  # gone again
+            return
         self.selector.register(client.stream, selectors.EVENT_READ, lambda _: self._hear(client))
         self.clients.append(client)
 

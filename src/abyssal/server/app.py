@@ -116,6 +116,8 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """Say whether requests are accepted."""
         if service.driver.is_draining:
             raise ApiError(503, "the server is about to stop", code="shutting_down")
+        if service.driver.failure is not None:
+            raise ApiError(503, str(service.driver.failure), code="engine_failed")
         return _json({"status": "ok"})
 
     @app.get("/metrics", response_model=None)

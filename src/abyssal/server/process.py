@@ -38,6 +38,10 @@ class DrainingServer(uvicorn.Server):
         draining.cancel()
         await super().shutdown(sockets)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Stop when the engine has ended by a fault: whoever keeps the server running then starts it again."""
+        return self._driver.has_ended or await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop; the second signal, whichever, stops at once."""
         if self.should_exit:
@@ -46,7 +50,11 @@ class DrainingServer(uvicorn.Server):
 
 
 def run_server(app: FastAPI, listener: socket.socket, *, drain_timeout_s: float) -> None:
-    """Serve `app` at a socket that listens, until SIGTERM or Ctrl-C."""
+    """Serve `app` at a socket that listens, until SIGTERM or Ctrl-C.
+
+    Raises:
+        EngineFailedError: the engine has ended by a fault.
+    """
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -59,6 +67,8 @@ def run_server(app: FastAPI, listener: socket.socket, *, drain_timeout_s: float)
     server = DrainingServer(config, app.state.driver, drain_timeout_s)
     with _ending_by_sigterm():
         server.run(sockets=[listener])
+    if app.state.driver.has_ended:
+        raise app.state.driver.failure
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from abyssal.engine import GeneratedToken, Output
+from abyssal.engine import Output, ScoredToken
 from abyssal.server.generation import Usage
 from abyssal.server.output_parser import OutputParser, OutputSegment
 from abyssal.server.protocol import ChatCompletionRequest, CompletionRequest
@@ -26,12 +26,12 @@ class TokenFormatter:
         """Describe the tokens of this tokenizer."""
         self._tokenizer = tokenizer
 
-    def logprob(self, token: GeneratedToken) -> dict[str, Any]:
+    def logprob(self, token: ScoredToken) -> dict[str, Any]:
         """Return a token with its log-probability and those of the likeliest, as chat completions have it."""
         top = [self._entry(other, logprob) for other, logprob in token.top]
         return {**self._entry(token.id, token.logprob), "top_logprobs": top}
 
-    def inspection(self, output: Output, token: GeneratedToken) -> dict[str, Any]:
+    def inspection(self, output: Output, token: ScoredToken) -> dict[str, Any]:
         """Return everything known about a token; `draft` is what the MTP modules proposed in its place, if anything."""
         draft = None if output.draft is None else {"text": self.text(output.draft), "accepted": output.was_draft}
         return {
@@ -222,7 +222,7 @@ class CompletionResponseBuilder(ResponseBuilder):
             reason = self._reasons[number]
             yield {"index": number, "text": output.text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _token_logprobs(self, number: int, token: GeneratedToken) -> dict[str, Any]:
+    def _token_logprobs(self, number: int, token: ScoredToken) -> dict[str, Any]:
         """Return the log-probabilities of one token, as text completions have it: lists of one."""
         entry = self._tokens.logprob(token)
         top = {other["token"]: other["logprob"] for other in entry["top_logprobs"]}

@@ -20,6 +20,8 @@ from abyssal.checkpoint.convert import Conversion, ConversionProgress, convert_d
 from abyssal.checkpoint.convert.run import unfinished_folder
 from abyssal.errors import ModelDirectoryError
 
+pytestmark = pytest.mark.slow
+
 Build = Callable[..., Path]
 BF16 = Conversion("bf16", max_shard_bytes=200_000)
 

@@ -25,6 +25,8 @@ from abyssal.model import Transformer
 from ranks import run_ranks
 from ranks.spread import LAYOUTS, ONE, SHAPE, spread
 
+pytestmark = pytest.mark.slow
+
 #: Fields of the model, and the arguments of the writer.
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"dtype": torch.float32}),

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from abyssal.config import load_recipe
 from abyssal.model import Transformer
 from abyssal.train.optimizer import adamw_tensors
 from ranks import run_ranks
+
+pytestmark = pytest.mark.slow
 
 Layout = tuple[int, int, int]
 #: Small, all dims different; no dense one is a multiple of 4, so that the ranks' parts are of different lengths.

@@ -22,6 +22,8 @@ from abyssal.checkpoint.state import StateWriter, check_state, latest_state, loa
 from abyssal.ranks import ranks as ranks_module
 from ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 WORLD = 3
 WRITE = "checkpoint.state.save.ReproducibleWriter.write_data"
 #: Where a write can fail, and the ranks that come there.

@@ -5,8 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from abyssal.engine import GeneratedToken, LoadedModel, SamplingParameters, TextStream, load_model, stream_text
-from abyssal.engine import text_stream as module
+from abyssal.engine import (
+    Detokenizer,
+    Engine,
+    EngineOptions,
+    LoadedModel,
+    Output,
+    Request,
+    SamplingParameters,
+    ScoredToken,
+    load_model,
+)
+from abyssal.engine.sampler import Sampler
 from abyssal.errors import UsageError
 from abyssal.text.tokenizer import Tokenizer
 
@@ -23,18 +33,20 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     """Let the model generate these ids, as far as the request goes."""
 
     def script(ids: Sequence[int]) -> None:
-        def generated(_: object, __: object, parameters: SamplingParameters, *___: object) -> Iterator[GeneratedToken]:
-            return iter([GeneratedToken(token, -1.0) for token in ids][: parameters.max_new_tokens])
-
-        monkeypatch.setattr(module, "generate", generated)
+        coming = iter(ids)
+        monkeypatch.setattr(Sampler, "choose", lambda *_: ScoredToken(next(coming), -1.0))
 
     return script
+
+
+def stream_text(loaded: LoadedModel, prompt_ids: list[int], parameters: SamplingParameters) -> Iterator[Output]:
+    return Engine.of(loaded, EngineOptions.single_stream()).stream(Request(prompt_ids, parameters))
 
 
 def test_characters_of_several_tokens_come_out_whole(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(TEXT)
     assert len(ids) > len(TEXT), "some characters must take several tokens"
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     pieces = [stream.push(token) for token in ids]
     assert "" in pieces
     assert "\ufffd" not in "".join(pieces)
@@ -42,7 +54,7 @@ def test_characters_of_several_tokens_come_out_whole(tokenizer: Tokenizer) -> No
 
 
 def test_an_unfinished_character_reads_as_such_at_the_end(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     first_byte = tokenizer.encode("寸")[0]
     assert stream.push(first_byte) == ""
     assert stream.flush() == "\ufffd"
@@ -50,14 +62,14 @@ def test_an_unfinished_character_reads_as_such_at_the_end(tokenizer: Tokenizer) 
 
 @pytest.mark.parametrize("stop", ["法", "法 —", "ïve 寸", "— o"])
 def test_a_stop_string_across_tokens_and_characters_ends_the_text(tokenizer: Tokenizer, stop: str) -> None:
-    stream = TextStream(tokenizer, [stop])
+    stream = Detokenizer(tokenizer, [stop])
     text = "".join([stream.push(token) for token in tokenizer.encode(TEXT)]) + stream.flush()
     assert text == TEXT[: TEXT.index(stop)]
     assert stream.matched == stop
 
 
 def test_the_beginning_of_a_stop_string_is_given_out_at_the_end(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer, ["ok then"])
+    stream = Detokenizer(tokenizer, ["ok then"])
     pieces = [stream.push(token) for token in tokenizer.encode(TEXT)]
     assert "".join(pieces) == TEXT.removesuffix("ok")
     assert stream.flush() == "ok"
@@ -111,7 +123,7 @@ def test_an_end_token_that_spells_a_text_is_not_part_of_the_text(
 def test_a_stream_of_the_model_itself_is_the_text_of_its_tokens(loaded: LoadedModel) -> None:
     parameters = SamplingParameters(30, temperature=1.0, seed=4)
     chunks = list(stream_text(loaded, loaded.encode_prompt("def f"), parameters))
-    ids = [chunk.token.id for chunk in chunks if chunk.token.id not in loaded.eos_ids]
+    ids = [chunk.token.id for chunk in chunks if chunk.token and chunk.token.id not in loaded.eos_ids]
     assert "".join(chunk.text for chunk in chunks) == loaded.tokenizer.decode(ids)
     assert chunks[-1].finish_reason == ("eos" if len(ids) < len(chunks) else "length")
 
