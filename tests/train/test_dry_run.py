@@ -82,6 +82,7 @@ def test_what_all_ranks_hold_is_the_model_once(world_size: int, fields: dict[str
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_what_2048_ranks_hold_is_the_published_model_once() -> None:
     config = load_recipe("v3_671b")
     run = dry_run(config, 2048)
@@ -196,6 +197,7 @@ def real() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", REAL)
+@pytest.mark.slow
 def test_every_rank_holds_what_it_holds_in_a_real_run(name: str, real: dict[str, Any]) -> None:
     config = recipe(**REAL[name])
     layout = lay_out(config.parallel, config.model, 4, 4)
@@ -214,6 +216,7 @@ def tail(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REAL)
+@pytest.mark.slow
 def test_first_rank_gathers_and_reduces_as_many_bytes_as_in_a_real_step(name: str, real: dict[str, Any]) -> None:
     config = recipe(**REAL[name])
     run = dry_run(config, 4)
