@@ -184,6 +184,7 @@ def test_command_is_one_and_prints_what_is_shown(example: Example, place: Path) 
 
 
 @pytest.mark.parametrize("command", [line for line in HELP if "generate" not in line])
+@pytest.mark.slow
 def test_example_in_the_help_is_a_command(command: str, place: Path) -> None:
     check(Example(FENCES[0], command, ""))
 

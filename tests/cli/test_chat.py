@@ -206,6 +206,7 @@ def terminal(model_directory_without_end: Path) -> Iterator[Terminal]:
     chat.close()
 
 
+@pytest.mark.slow
 def test_a_person_types_stops_and_leaves(terminal: Terminal) -> None:
     assert terminal.sees("Ctrl-D leaves.")
     assert terminal.sees("> ")

@@ -20,6 +20,7 @@ from abyssal.checkpoint.convert import Conversion, convert_directory
 from abyssal.cli.convert import parse_size
 from abyssal.engine.load import load_model
 from abyssal.errors import UsageError
+from abyssal.files.checksums import HashingWriter
 
 Call = Callable[..., Any]
 
@@ -201,16 +202,16 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(
     abyssal: Call, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("convert", model_folder, "out", "--to", "bf16", "--max-shard-size", "20KB", "--workers", 1)
-    write, left = os.write, [70_000]
+    write, left = HashingWriter.write, [70_000]
 
-    def fill(descriptor: int, data: bytes) -> int:
+    def fill(self: HashingWriter, data: bytes) -> int:
         if left[0] < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         left[0] -= len(data)
-        return write(descriptor, data)
+        return write(self, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "write", fill)
+        patched.setattr(HashingWriter, "write", fill)
         result = abyssal(*arguments)
     assert result.code == 1
     assert "No space left on device" in result.err

@@ -126,6 +126,7 @@ def test_fault_of_the_user_is_one_sentence(abyssal: Call, arguments: tuple[objec
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_excess_names_how_much_what_and_the_nearest_layout_that_fits(abyssal: Call) -> None:
     layout = ("--schedule", "1f1b", "--pp", 2, "--ep", 8)
     code, _, err = abyssal("plan", "v3_671b", "--cluster", "h800:2048", *layout)

@@ -99,6 +99,7 @@ UNKNOWN = "there are demo, v3_16b, v3_671b, v3_671b_128k, v3_671b_32k, or give a
         (["RECIPE", "--set", 'data.corpus=["latin1"]'], 1, "latin1/a.py: not UTF-8 text"),
         (["RECIPE", "--set", "model.vocab_size=200"], 1, "vocab_size=200: must be at least 264"),
         (["RECIPE", "--resume"], 2, "runs/small: no run to resume here"),
+        (["RECIPE", "--step-back"], 2, "--step-back: goes with --resume"),
         (["RECIPE", "--out", "begun"], 2, "begun: a run is here already; --resume continues it"),
         (
             ["RECIPE", "--out", "begun", "--resume", "--set", "seed=1"],
@@ -162,3 +163,46 @@ def test_folder_of_a_run_is_told_from_its_model_directory(
             2,
             "error: begun: is the folder of a run; its model directory is begun/model\n",
         )
+
+
+def test_launcher_that_starts_a_run_again_steps_over_a_damaged_newest_state(
+    abyssal: Call, small_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher of one rank with an id; a second launch begins by hand, and is restarted too."""
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "first"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    command, states = ("train", small_recipe, "--out", "run"), Path("run/checkpoints")
+
+    def damage(step: int) -> None:
+        part = states / f"step-{step:08d}" / "__0_0.distcp"
+        content = bytearray(part.read_bytes())
+        content[100] ^= 1
+        part.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train_step", call=11)
+        assert abyssal(*command).code == 130
+    damage(9)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train_step", call=6)  # behind step 11
+        again = abyssal(*command)
+    assert again.code == 130
+    assert "started again by its launcher\n" in again.out
+    assert "; set aside as damaged-step-00000009, and the run goes back to the state before\n" in again.out
+    assert steps(Path("run")) == list(range(1, 12))
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    damage(9)
+    by_hand = abyssal(*command, "--resume")
+    assert by_hand.code == 1
+    assert by_hand.err.count("resume with --step-back to set step-00000009 aside") == 1
+    assert abyssal(*command, "--resume").code == 1  # it never came so far as to be known again
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train_step", call=6)
+        assert abyssal(*command, "--resume", "--step-back").code == 130
+    damage(9)
+    last = abyssal(*command, "--resume")
+    assert last.code == 0, last.err
+    assert "started again by its launcher\n" in last.out
+    assert steps(Path("run")) == list(range(1, 13))

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from abyssal.data import mixture
 from abyssal.data.mixture import MixedOrder, Mixture
 from abyssal.errors import ConfigError
 
@@ -72,3 +73,15 @@ def test_mixture_goes_on_from_every_point_as_if_never_stopped(start: int, stop: 
     whole = [order().window(order().effective(n)) for n in range(300)]
     again = order()
     assert [again.window(again.effective(n)) for n in range(start, stop)] == whole[start:stop]
+
+
+def test_the_table_of_a_mixture_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, rhythm = [], mixture._rhythm
+    monkeypatch.setattr(mixture, "_rhythm", lambda shares: made.append(shares) or rhythm(shares))
+    order = MixedOrder(3, {"a": 5, "b": 11}, {"a": 3, "b": 1})
+    plain = [order.window(order.effective(n)) for n in range(40)]
+    for _ in range(3):
+        order = order.skipping([(2, 5), (9, 11)])
+    assert [order.window(order.effective(n)) for n in range(35)] == plain[:2] + plain[5:9] + plain[11:]
+    assert order.skipping([]).effective(30) == 30
+    assert len(made) == 1

@@ -147,6 +147,7 @@ EVENTS = st.lists(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(drawn=OPTIONS, events=EVENTS)
+@pytest.mark.slow
 def test_any_schedule_gives_the_tokens_of_each_request_alone(
     world: World, drawn: dict[str, Any], events: list[Any]
 ) -> None:
@@ -319,6 +320,7 @@ def test_bfloat16_parts_from_plain_generation_only_where_two_tokens_are_nearly_e
 
 
 @pytest.mark.parametrize(("modules", "drafts"), [(1, 1), (1, 4), (2, 1), (3, 4)])
+@pytest.mark.slow
 def test_drafts_are_those_of_a_single_text_however_it_is_cut_shared_or_preempted(
     tiny_config: ModelConfig, build: Build, modules: int, drafts: int
 ) -> None:

@@ -109,6 +109,7 @@ def test_speculative_text_is_the_greedy_one_in_fp32(
         assert speculation.accepted[2:] == [0] * (drafts - min(drafts, 2))
 
 
+@pytest.mark.slow
 def test_speculative_text_is_the_greedy_one_over_1000_tokens(
     tiny_config: ModelConfig, build: Build, stub: Callable[..., None]
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -32,9 +32,10 @@ class TableModel:
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         ids = tokens[:, None].expand(-1, width).float()  # the latents of a token are its id
         for layer in range(self.config.num_hidden_layers):
-            (seen,) = cache.append(layer, *ids.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1))
-        text = [int(token) for token in seen[:, 0]]
-        return torch.stack([self._table[tuple(text[: n + 1])] for n in range(len(text) - len(tokens), len(text))])
+            reads = cache.append(layer, *ids.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1))
+        texts = [tuple(map(int, read[:, 0].tolist())) for read in reads]
+        ends = zip(texts, ctx.lengths, strict=True)
+        return torch.stack([self._table[t[:n]] for t, new in ends for n in range(len(t) - new + 1, len(t) + 1)])
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         return rows
@@ -106,13 +107,18 @@ def test_the_joint_distribution_of_tokens_is_unchanged_at_temperature_1(
     monkeypatch.setattr(SamplingParameters, "generator", lambda *_: shared)
     for ids, logits in table.items():
         monkeypatch.setitem(GUESSES, ids, int(logits.argmax()))
-    engine = Engine(model, EngineOptions.single_stream(2))
+    options = EngineOptions(256, 64, 4, share_prefixes=False, num_drafts=2, adapt_drafts=False)
+    engine = Engine(model, options)
     engine._model = TableModel(model, table)  # type: ignore[assignment]
     engine._drafter = GuessingDrafter()  # type: ignore[assignment]
-    request, counts = Request([7, 1], SamplingParameters(3, temperature=1.0, top_p=1.0)), Counter[tuple[int, int]]()
-    for _ in range(samples):
-        _, second, third = (output.token.id for output in engine.stream(request) if output.token)
-        counts[second, third] += 1
+    for _ in range(samples // 100):
+        engine.add(Request([7, 1], SamplingParameters(3, temperature=1.0, top_p=1.0), 100))
+    texts: dict[tuple[int, int], list[int]] = defaultdict(list)
+    while engine.has_work:
+        for output in engine.step():
+            assert output.token is not None
+            texts[output.request_id, output.index].append(output.token.id)
+    counts = Counter((second, third) for _, second, third in texts.values())
     speculation = engine.draft_statistics
     accepted, drafted = speculation.accepted[0], speculation.drafted[0]
     assert drafted == samples

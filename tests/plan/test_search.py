@@ -93,6 +93,7 @@ def test_batch_that_does_not_divide_is_refused_with_its_sentence() -> None:
     )
 
 
+@pytest.mark.slow
 def test_layouts_whose_tables_would_be_too_large_are_refused_not_fatal() -> None:
     run = load_recipe("v3_16b", ["schedule.batch_size={start = 6400000, segments = []}", "train.batch_multiple=1"])
     found = search(run, CLUSTER, Layout(), Calibration(), 60e9)

@@ -113,8 +113,13 @@ def train_runs(world_size: int, folder: Path, cases: dict[str, dict[str, Any]]) 
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's folder."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Return the records of a run's folder, those of steps with the expert loads that stand apart."""
+    records, loads = (
+        [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("metrics.jsonl", "expert_load.jsonl")
+    )
+    load_of_step = {record["step"]: {"expert_load": record["expert_load"]} for record in loads}
+    return [record | load_of_step[record["step"]] if "loss" in record else record for record in records]
 
 
 def options(folder: Path, fields: dict[str, Any]) -> list[str]:

@@ -51,6 +51,7 @@ def test_run_ends_with_a_model_directory_and_falling_loss(small_run: RunConfig, 
     assert [p.name for p in states(tmp_path / "run" / "checkpoints")] == ["step-00000009", "step-00000012"]
 
 
+@pytest.mark.slow
 def test_run_of_a_mixture_with_masked_documents_resumes_to_the_bit(
     small_run: RunConfig, corpus: Path, tmp_path: Path
 ) -> None:
@@ -76,19 +77,20 @@ def test_run_of_a_mixture_with_masked_documents_resumes_to_the_bit(
 
 def test_exported_directory_continues_the_same_text_in_transformers(small_run: RunConfig, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from abyssal.engine import SamplingParameters, generate, load_model
+    from abyssal.engine import Engine, Request, SamplingParameters, load_model
 
     path = loop.start(small_run, tmp_path / "run", SILENT)
     ours = load_model(path, dtype="float32")
     prompt = ours.encode_prompt("def value")
-    found = [t.id for t in generate(ours.model, prompt, SamplingParameters(max_new_tokens=24, temperature=0.0))]
+    request = Request(prompt, SamplingParameters(max_new_tokens=24, temperature=0.0), end_ids=frozenset())
+    continued = [output.token.id for output in Engine.of(ours).stream(request) if output.token is not None]
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     assert tokenizer("def value")["input_ids"] == prompt
     with torch.inference_mode():
         output = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=-1)
-    assert output[0, len(prompt) :].tolist() == found
+    assert output[0, len(prompt) :].tolist() == continued
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -117,6 +119,7 @@ def test_interrupted_run_resumes_with_the_same_losses_to_the_bit(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_with_the_same_losses_to_the_bit(
     small_run: RunConfig, small_recipe: Path, tmp_path: Path
 ) -> None:
@@ -220,6 +223,7 @@ except AbyssalError as error:
 """
 
 
+@pytest.mark.slow
 def test_write_that_fails_leaves_earlier_checkpoints_and_no_half_one(
     small_run: RunConfig, small_recipe: Path, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def test_matrices_are_made_orthogonal_in_the_dtype_that_was_chosen(products: tor
 
     parameters = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
     parameters[0].grad = torch.randn(5, 3)
-    Muon(parameters, momentum=0.5, weight_decay=0.0, products=products, exchange=exchange).step()
+    Muon(parameters, momentum=0.5, weight_decay=0.0, products=products, matrix_exchange=exchange).step()
     assert given == [products or torch.float32] * 2
     matrices = torch.randn(2, 9, 14, dtype=torch.float64)
     found = orthogonalise(matrices.to(products or torch.float32))
@@ -68,7 +68,7 @@ def test_whole_matrices_are_exchanged_at_the_seam() -> None:
         return [torch.full_like(part, number) for number, part in enumerate(parts, 1)]
 
     groups = [{"params": [first, idle]}, {"params": [second], "parts": 2}]
-    optimizer = Muon(groups, momentum=0.5, weight_decay=0.0, exchange=exchange)
+    optimizer = Muon(groups, momentum=0.5, weight_decay=0.0, matrix_exchange=exchange)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     first.grad, second.grad = torch.ones_like(first), torch.full_like(second, 4.0)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from abyssal.checkpoint.state import latest_state, states
 from abyssal.config import RunConfig, load_recipe
 from abyssal.errors import CheckpointError, UsageError
-from abyssal.train import loop
+from abyssal.train import loop, resolve
+from abyssal.train.run_folder import RunFolder
 from abyssal.train.training_state import TrainingState
 
 SILENT = Console(quiet=True)
@@ -41,6 +42,7 @@ def cut(recipe: RunConfig, run: Path, monkeypatch: pytest.MonkeyPatch, call: int
             loop.start(recipe, run, SILENT)
 
 
+@pytest.mark.slow
 def test_average_of_the_weights_is_saved_scored_and_exported_and_resumes_to_the_bit(
     small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +93,7 @@ def test_resumed_run_takes_what_may_change_says_it_and_keeps_it(
     assert "from here on" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_threads_may_change_with_a_warning(
     small_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,3 +127,62 @@ def test_flipped_bit_in_the_only_state_is_named_with_the_way_out(
     part.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: damaged .*; remove step-00000003, and the run begins"):
         loop.resume(tmp_path / "run", SILENT)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_threads_may_be_left_to_the_machine_again(
+    small_run: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    threads: int,
+) -> None:
+    monkeypatch.setattr(resolve, "available_cores", lambda: 1)
+    cut(small_run, tmp_path / "run", monkeypatch)
+    loop.resume(tmp_path / "run", Console(width=200), [f"train.threads={threads}"])
+    assert ("threads: 1\n" in capsys.readouterr().out) == (threads == 0)
+    assert RunFolder(tmp_path / "run").resolved_config().train.threads == 1
+
+
+def damage(state: Path) -> None:
+    part = state / "__0_0.distcp"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 3] ^= 16
+    part.write_bytes(content)
+
+
+def test_damaged_newest_state_is_stepped_over_when_asked(
+    small_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    loop.start(small_run, run, SILENT)
+    whole = [r for r in metrics(run) if "loss" in r]
+    damage(run / "checkpoints" / "step-00000012")
+    with pytest.raises(CheckpointError, match=r"damaged .*; resume with --step-back to set step-00000012 aside and go"):
+        loop.resume(run, SILENT)
+    assert [path.name for path in states(run / "checkpoints")] == ["step-00000009", "step-00000012"]
+    loop.resume(run, Console(width=500), step_back=True)
+    said = (
+        "(its sha256 is not the one written with it); set aside as damaged-step-00000012, and the run goes back to the"
+    )
+    assert said in capsys.readouterr().out
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["damaged-step-00000012", "step-00000009", "step-00000012"]
+    timed = ("tokens_per_s", "mfu")
+    again, whole = (
+        [{name: value for name, value in r.items() if name not in timed} for r in records]
+        for records in ([r for r in metrics(run) if "loss" in r], whole)
+    )
+    assert again == whole
+    loop.resume(run, Console(width=500), step_back=True)  # a sound one stays
+    assert "set aside" not in capsys.readouterr().out
+
+
+def test_the_only_state_is_never_stepped_over(
+    small_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(small_run, tmp_path / "run", monkeypatch, call=5)
+    damage(tmp_path / "run" / "checkpoints" / "step-00000003")
+    with pytest.raises(CheckpointError, match="no state before step-00000003 is intact"):
+        loop.resume(tmp_path / "run", SILENT, step_back=True)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def experts(
     source: Annotated[
-        Path, typer.Argument(metavar="LOADS", help="A JSON file of loads, a run's folder, or its metrics.jsonl.")
+        Path, typer.Argument(metavar="LOADS", help="A JSON file of loads, a run's folder, or its expert_load.jsonl.")
     ],
     gpus: Annotated[int, typer.Option("--gpus", help="GPUs that share the experts of a layer.")],
     redundant: Annotated[int, typer.Option("--redundant", help="Copies beyond one of each expert, a layer.")] = 0,

@@ -24,6 +24,13 @@ Out = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the newest checkpoint in that folder, with its recipe.")
 ]
+StepBack = Annotated[
+    bool,
+    typer.Option(
+        "--step-back",
+        help="With --resume: where the newest checkpoint is damaged, set it aside and go on from the one before.",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -44,6 +51,7 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    step_back: StepBack = False,
     dry_run: DryRun = False,
     world_size: WorldSize = None,
     as_json: AsJson = False,
@@ -62,18 +70,20 @@ def train(
     from abyssal.cli.dry_run import print_dry_run, refuse_without_dry_run
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
-    from abyssal.errors import Stopped
+    from abyssal.errors import Stopped, UsageError
     from abyssal.ranks.join import join
     from abyssal.train.run_folder import RunFolder
 
     config = load_recipe(recipe, overrides or [])  # a fault of the recipe needs no torch to be told
+    if step_back and not resume:
+        raise UsageError("--step-back: goes with --resume, which it is about")
     if dry_run:
         return print_dry_run(config, world_size, out=out, resume=resume, as_json=as_json)
     refuse_without_dry_run(world_size, as_json)
     folder = RunFolder(out or Path("runs") / config.name)
     with join(silence_s=config.parallel.silence_s) as ranks:
         try:
-            model = _run(config, folder, ranks, overrides or [], resume=resume)
+            model = _run(config, folder, ranks, overrides or [], resume=resume, step_back=step_back)
         except (KeyboardInterrupt, Stopped):
             if ranks.is_first:
                 _print_interruption(recipe, folder, ranks.world_size)
@@ -84,13 +94,20 @@ def train(
     console.print(f"try it: {program()} {shlex.join(['generate', str(model), '--prompt', 'def '])}")
 
 
-def _run(config: RunConfig, folder: RunFolder, ranks: Ranks, overrides: list[str], *, resume: bool) -> Path:
+def _run(
+    config: RunConfig, folder: RunFolder, ranks: Ranks, overrides: list[str], *, resume: bool, step_back: bool
+) -> Path:
     """Start the run, or go on with the one in the folder; return its model directory."""
     from rich.console import Console
 
     from abyssal.train import loop
 
     console = Console(quiet=not ranks.is_first)
+    again = ranks.first(lambda: folder.is_of_launch(ranks.launch.id, config))
+    if again:
+        console.print("started again by its launcher", highlight=False)
+    if not resume and not again:
+        return loop.start(config, folder.path, console, ranks)
     if resume:
         name = folder.resolved_config().name
         console.print(
@@ -98,11 +115,8 @@ def _run(config: RunConfig, folder: RunFolder, ranks: Ranks, overrides: list[str
             highlight=False,
             markup=False,
         )
-        return loop.resume(folder.path, console, overrides, ranks)
-    if ranks.first(lambda: folder.was_begun_by(ranks.launch.id, config)):
-        console.print("started again by its launcher", highlight=False)
-        return loop.resume(folder.path, console, ranks=ranks)
-    return loop.start(config, folder.path, console, ranks, launch_id=ranks.launch.id)
+    changes = overrides if resume else []  # a run that was begun with them has them stored
+    return loop.resume(folder.path, console, changes, ranks, recipe=config, step_back=step_back or again)
 
 
 def _print_interruption(recipe: str, folder: RunFolder, world_size: int) -> None:

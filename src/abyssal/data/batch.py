@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,16 +35,16 @@ def windows_by_source(shards: Shards, sequence_length: int) -> dict[str, int]:
     Raises:
         DataError: one has none.
     """
-    found = {}
-    for name, tokens in _spans(shards).items():
-        found[name] = (len(tokens) - 1) // sequence_length
-        if found[name] < 1:
+    windows = {}
+    for name, tokens in _tokens_by_source(shards).items():
+        windows[name] = (len(tokens) - 1) // sequence_length
+        if windows[name] < 1:
             raise DataError(
                 f"{shards.folder}: {f'data.sources.{name} ' if name else ''}has {len(tokens)} training tokens, but "
                 f"train.sequence_length={sequence_length} needs at least {sequence_length + 1}; give more text, or "
                 "make sequences shorter"
             )
-    return found
+    return windows
 
 
 def count_windows(shards: Shards, sequence_length: int) -> int:
@@ -50,7 +52,7 @@ def count_windows(shards: Shards, sequence_length: int) -> int:
     return sum(windows_by_source(shards, sequence_length).values())
 
 
-def _spans(shards: Shards) -> dict[str, range]:
+def _tokens_by_source(shards: Shards) -> dict[str, range]:
     """Return the tokens of each source."""
     return shards.sources or {"": range(len(shards.tokens))}
 
@@ -78,7 +80,7 @@ class BatchLoader:
         self._sequence_length = sequence_length
         self._mask_documents = mask_documents
         self._first_window = list(accumulate(windows_by_source(shards, sequence_length).values(), initial=0))
-        self._first_token = [tokens.start for tokens in _spans(shards).values()]
+        self._first_token = [tokens.start for tokens in _tokens_by_source(shards).values()]
 
     def batch(self, first_sequence: int, size: int, share: tuple[int, int] = (0, 1)) -> Batch:
         """Return the `size` sequences of the run from `first_sequence` on, skipped ones not counted.
@@ -101,10 +103,11 @@ class BatchLoader:
             lengths=tuple(map(self._lengths, starts)) if self._mask_documents else (),
         )
 
-    def skipping(self, ranges: Ranges) -> BatchLoader:
+    def skipping(self, ranges: Ranges) -> Self:
         """Return a loader of the same sequences without those of `ranges`, whatever this one skips."""
-        order = self._order.skipping(ranges)
-        return BatchLoader(self._shards, order, self._sequence_length, mask_documents=self._mask_documents)
+        loader = copy(self)
+        loader._order = self._order.skipping(ranges)
+        return loader
 
     def _start(self, n: int) -> int:
         """Return the first token of the n-th sequence of the run."""

@@ -31,7 +31,7 @@ class Mixture:
         Raises:
             ConfigError: the ratios are too fine for a table.
         """
-        self.shares = _whole(weights)
+        self.shares = _whole_numbers(weights)
         self.period = sum(self.shares)
         if self.period > LONGEST_PERIOD:
             raise ConfigError(
@@ -62,14 +62,9 @@ class MixedOrder(WindowOrder):
             skipped: ranges [start, stop) of sequence indices that are not to be trained on.
         """
         super().__init__(seed, sum(sources.values()), skipped)
-        self._sources, self._weights = sources, weights
         self._mixture = Mixture([weights[name] for name in sources])
         self._orders = [WindowOrder(_own_seed(seed, name), windows) for name, windows in sources.items()]
         self._first = list(accumulate(sources.values(), initial=0))
-
-    def skipping(self, ranges: Iterable[tuple[int, int]]) -> MixedOrder:
-        """Return the same order with `ranges` skipped, whatever this one skips."""
-        return MixedOrder(self.seed, self._sources, self._weights, ranges)
 
     def window(self, sequence_index: int) -> int:
         """Return the window that the sequence is; each source goes through its own epochs."""
@@ -81,13 +76,13 @@ def _own_seed(seed: int, name: str) -> int:
     return int.from_bytes(blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big")
 
 
-def _whole(weights: Sequence[float]) -> list[int]:
+def _whole_numbers(weights: Sequence[float]) -> list[int]:
     """Return whole numbers in the same ratios, without a common divisor."""
     exact = [Fraction(repr(weight)) for weight in weights]
     scale = reduce(lcm, (weight.denominator for weight in exact))
-    whole = [int(weight * scale) for weight in exact]
-    divisor = reduce(gcd, whole)
-    return [share // divisor for share in whole]
+    scaled = [int(weight * scale) for weight in exact]
+    divisor = reduce(gcd, scaled)
+    return [share // divisor for share in scaled]
 
 
 def _rhythm(shares: Sequence[int]) -> tuple[array[int], array[int]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from hashlib import blake2b
 from math import isqrt
+from typing import Self
 
 from abyssal.errors import UsageError
 
@@ -35,17 +37,16 @@ class WindowOrder:
         """
         if windows < 1:
             raise UsageError(f"windows={windows}: must be at least 1")
-        for start, stop in (skipped := sorted(skipped)):
-            if not 0 <= start < stop:
-                raise UsageError(f"skipped=({start}, {stop}): must be a range with 0 <= start < stop")
         self.seed = seed
         self.windows = windows
-        self.skipped = merged(skipped)
+        self.skipped = _checked(skipped)
         self._base = isqrt(windows - 1) + 1  # ceil of the square root
 
-    def skipping(self, ranges: Iterable[tuple[int, int]]) -> WindowOrder:
-        """Return the same order with `ranges` skipped, whatever this one skips."""
-        return WindowOrder(self.seed, self.windows, ranges)
+    def skipping(self, ranges: Iterable[tuple[int, int]]) -> Self:
+        """Return the same order with `ranges` skipped, whatever this one skips; what it is computed from is shared."""
+        order = copy(self)
+        order.skipped = _checked(ranges)
+        return order
 
     def effective(self, n: int) -> int:
         """Return the sequence index of the n-th sequence to train on, from 0: past the skipped ranges."""
@@ -77,12 +78,24 @@ class WindowOrder:
         return left * self._base + right
 
 
+def _checked(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Return ranges as `Ranges`.
+
+    Raises:
+        UsageError: one is empty or starts below zero.
+    """
+    for start, stop in (ranges := sorted(ranges)):
+        if not 0 <= start < stop:
+            raise UsageError(f"skipped=({start}, {stop}): must be a range with 0 <= start < stop")
+    return merged(ranges)
+
+
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Return sorted ranges with those that touch or overlap made one."""
-    whole: list[tuple[int, int]] = []
+    joined: list[tuple[int, int]] = []
     for start, stop in ranges:
-        if whole and start <= whole[-1][1]:
-            whole[-1] = (whole[-1][0], max(stop, whole[-1][1]))
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
         else:
-            whole.append((start, stop))
-    return tuple(whole)
+            joined.append((start, stop))
+    return tuple(joined)

@@ -12,7 +12,7 @@ from typing import Any
 
 from abyssal.errors import DataError
 
-METRICS = "metrics.jsonl"
+LOADS, METRICS = "expert_load.jsonl", "metrics.jsonl"
 SHAPE = "must be a list of at least one load a layer, or {layer: list}, all layers alike"
 
 
@@ -26,16 +26,17 @@ class ExpertLoads:
 
 
 def read_loads(path: Path, last_steps: int) -> ExpertLoads:
-    """Read expert loads from a run's folder, a `metrics.jsonl`, or a JSON file.
+    """Read expert loads from a run's folder, its `expert_load.jsonl`, or a JSON file.
 
-    Of metrics the `expert_load` of the last `last_steps` steps that have one is summed; a line that is still being
-    written at the end of the file is left. JSON is a list of loads for each layer, or {layer: list of loads}.
+    Of a run the `expert_load` of the last `last_steps` steps that have one is summed; a line that is still being
+    written at the end of the file is left. Runs of an earlier version have it in their `metrics.jsonl`. JSON is a list
+    of loads for each layer, or {layer: list of loads}.
 
     Raises:
         DataError: the file is missing, damaged, or holds no loads.
     """
     if path.is_dir():
-        path /= METRICS
+        path /= LOADS if (path / LOADS).exists() else METRICS
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,17 +13,19 @@ from numpy.typing import NDArray
 
 
 class LoadHistory:
-    """The tokens sent to each expert, added up over buckets of equally many steps.
+    """The tokens sent to each expert, added up over buckets of equally many steps; not every step need have a load.
 
-    When there are too many buckets, neighbours are joined, so memory and the picture stay small however long the run.
+    Where there would be too many buckets, neighbours are joined, so memory and the picture stay small however long the
+    run.
     """
 
     def __init__(self, max_buckets: int = 240) -> None:
         """Start empty; `max_buckets` is even."""
         self.layers: tuple[str, ...] = ()
-        self._max_buckets, self._steps_per_bucket, self._steps_in_last = max_buckets, 1, 0
-        self._places: list[tuple[float, float]] = []  # (steps, tokens) at the end of each bucket
-        self._sums: list[NDArray[np.float64]] = []  # [L, E] each
+        self._shape: tuple[int, ...] = ()
+        self._max_buckets, self._steps_per_bucket = max_buckets, 1
+        self._places: dict[int, tuple[float, float]] = {}  # bucket -> (steps, tokens) at its end
+        self._sums: dict[int, NDArray[np.float64]] = {}  # bucket -> [L, E]
 
     def __len__(self) -> int:
         """Return the number of buckets."""
@@ -31,30 +34,31 @@ class LoadHistory:
     def add(self, step: float, tokens: float, load: Any) -> bool:
         """Add the load of one step, {layer: [tokens of each expert]}; returns whether it could be read."""
         table = _table(load)
-        if table is None or (self._sums and (tuple(load) != self.layers or table.shape != self._sums[0].shape)):
+        if table is None or (self._sums and (tuple(load) != self.layers or table.shape != self._shape)):
             return False
-        if self._sums and self._steps_in_last < self._steps_per_bucket:
-            self._sums[-1] += table
-            self._places[-1] = (step, tokens)
-            self._steps_in_last += 1
-            return True
-        if len(self._sums) == self._max_buckets:
-            self._sums = [a + b for a, b in zip(self._sums[::2], self._sums[1::2], strict=True)]
-            self._places = self._places[1::2]
-            self._steps_per_bucket *= 2
-        self.layers = tuple(load)
-        self._sums.append(table)
-        self._places.append((step, tokens))
-        self._steps_in_last = 1
+        self.layers, self._shape = tuple(load), table.shape
+        while step > self._max_buckets * self._steps_per_bucket:
+            self._join_neighbours()
+        bucket = max(0, math.ceil(step / self._steps_per_bucket) - 1)
+        self._sums[bucket] = self._sums.get(bucket, 0.0) + table
+        self._places[bucket] = (step, tokens)
         return True
+
+    def _join_neighbours(self) -> None:
+        self._steps_per_bucket *= 2
+        self._places = {bucket // 2: place for bucket, place in self._places.items()}
+        joined: dict[int, NDArray[np.float64]] = {}
+        for bucket, sums in self._sums.items():
+            joined[bucket // 2] = joined.get(bucket // 2, 0.0) + sums
+        self._sums = joined
 
     def ends(self, axis: str) -> NDArray[np.float64]:
         """Return where each bucket ends on the axis `tokens` or `steps`, [B]."""
-        return np.array([place[axis == "tokens"] for place in self._places], dtype=float)
+        return np.array([place[axis == "tokens"] for place in self._places.values()], dtype=float)
 
     def relative(self) -> NDArray[np.float64]:
         """Return each expert's load over the mean of its layer, [B, L, E]; NaN where a layer got no token."""
-        sums = np.stack(self._sums)
+        sums = np.stack(list(self._sums.values()))
         means = sums.mean(axis=-1, keepdims=True)
         relative: NDArray[np.float64] = np.divide(sums, means, out=np.full_like(sums, np.nan), where=means > 0)
         return relative

@@ -1,4 +1,4 @@
-"""metrics.jsonl, read as far as it can be read."""
+"""metrics.jsonl and the expert loads beside it, read as far as they can be read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from abyssal.report.curve import Curve
 from abyssal.report.expert_load import LoadHistory
 
+LOADS = "expert_load.jsonl"
 #: Which fields become curves. `mtp_losses` holds one value a module; they become mtp_losses.1, mtp_losses.2, ...
 FIELDS = (
     "loss",
@@ -89,14 +90,17 @@ class RunMetrics:
 def read_metrics(path: Path) -> RunMetrics:
     """Read the metrics of a run; what is damaged or missing becomes a note, never a fault."""
     reader = _MetricsReader()
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                reader.add(line)
-    except FileNotFoundError:
+    if not path.exists():
         return RunMetrics(notes=(f"There is no {path.name} yet.",))
-    except OSError as error:
-        reader.notes.append(f"{path.name} cannot be read further ({error.strerror or error}).")
+    for file, add in ((path, reader.add), (path.with_name(LOADS), reader.add_load)):
+        try:
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    add(line)
+        except FileNotFoundError:
+            pass  # a model without experts has no loads
+        except OSError as error:
+            reader.notes.append(f"{file.name} cannot be read further ({error.strerror or error}).")
     return reader.metrics(path.name)
 
 
@@ -127,6 +131,19 @@ class _MetricsReader:
         self.tokens = tokens
         for name, value in _values(record):
             self.points.setdefault(name, []).append((step, tokens, value))
+        self._add_load(step, tokens, record)  # of a run whose metrics hold the loads too
+
+    def add_load(self, line: str) -> None:
+        """Take one line of the expert loads in, or count it as unreadable."""
+        if not line.strip():
+            return
+        try:
+            record = json.loads(line)
+            self._add_load(int(record["step"]), _number(record.get("tokens")), record)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            self.unreadable_loads += 1
+
+    def _add_load(self, step: int, tokens: float, record: dict[str, Any]) -> None:
         if "expert_load" in record:
             self.unreadable_loads += not self.loads.add(step, tokens, record["expert_load"])
 

@@ -65,9 +65,9 @@ def score_documents(
         own = first + ranks.rank
         lengths, inputs, targets = packs[own if own < len(packs) else first]  # all ranks pass equally often
         h = model(inputs.to(device), Context.packed(lengths, device))
-        found = model.kernels.cross_entropy(h, model.head_weight, targets.to(device)).cpu()
+        loss = model.kernels.cross_entropy(h, model.head_weight, targets.to(device)).cpu()
         if own < len(packs):
-            nats += found
+            nats += loss
     reshard(model)
     return Score(
         nats=ranks.sum(nats).item(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from abyssal.checkpoint.state import StateWriter, latest_state, read_progress
+from abyssal.checkpoint.state import StateWriter, latest_state, read_progress, set_damaged_states_aside
 from abyssal.config import RunConfig
 from abyssal.config.resume import resumed_changes
 from abyssal.parallel.layout import describe
@@ -26,7 +26,7 @@ from abyssal.train.step import RefusedUpdateError, train_step
 from abyssal.train.training_state import TrainingState
 
 
-def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE, *, launch_id: str = "") -> Path:
+def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE) -> Path:
     """Begin a run in the folder `path` and train to its end; returns the model directory.
 
     Args:
@@ -34,7 +34,6 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE,
         path: the run's folder, which all ranks see.
         console: where the run is reported.
         ranks: that train together; all of them call this.
-        launch_id: of the launch that starts the ranks, and starts them again where one of them fails.
 
     Raises:
         AbyssalError: a fault of recipe, corpus, disk or training, as one sentence.
@@ -49,12 +48,20 @@ def start(config: RunConfig, path: Path, console: Console, ranks: Ranks = ALONE,
     inputs = open_inputs(config, folder.data(config))
     config, sentences = ranks.first(lambda: resolve(config, _device(), ranks))
     _say(console, sentences)
-    ranks.first(lambda: folder.mark_launch(launch_id, recipe))
+    ranks.first(lambda: folder.mark_launch(ranks.launch.id, recipe))
     ranks.first(lambda: folder.begin(config))
     return _train(config, folder, inputs, console, ranks)
 
 
-def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> Path:
+def resume(
+    path: Path,
+    console: Console,
+    overrides: Sequence[str] = (),
+    ranks: Ranks = ALONE,
+    *,
+    recipe: RunConfig | None = None,
+    step_back: bool = False,
+) -> Path:
     """Go on from the newest training state of the run in `path`, with the recipe it was started with.
 
     The run ends as it would have undisturbed: the same losses to the bit on the same machine, as many ranks and layout.
@@ -64,9 +71,17 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: R
         console: where the run is reported.
         overrides: `section.field=value`, of the fields that may change (`abyssal.config.resume`).
         ranks: that train together, as many as before or not; all of them call this.
+        recipe: by which a launch is known again that goes on with the run, and starts its ranks again where one fails.
+        step_back: whether newest states that are damaged are set aside for the one before them.
+
+    Raises:
+        DamagedStateError: the newest state is damaged, and `step_back` is not set, or none before it is intact.
     """
     folder = RunFolder(path)
     before, config = folder.resolved_config(), folder.resolved_config(overrides)
+    for state in set_damaged_states_aside(folder.states, group=ranks.control) if step_back else ():
+        sentence = f"{state.fault}; set aside as {state.path.name}, and the run goes back to the state before"
+        console.print(sentence, style="bold red", highlight=False, markup=False)
     newest = latest_state(folder.states, group=ranks.control)
     if newest is not None:  # the stored recipe may have been edited since
         before = RunConfig.parse(read_progress(newest, group=ranks.control).get("recipe", {}), source=str(newest))
@@ -79,10 +94,18 @@ def resume(path: Path, console: Console, overrides: Sequence[str] = (), ranks: R
         ranks.first(lambda: folder.begin(config))
     ranks.first(lambda: check_inputs(config, folder.data(config), console))
     inputs = open_inputs(config, folder.data(config))
-    return _train(config, folder, inputs, console, ranks)
+    return _train(config, folder, inputs, console, ranks, resumed_as=recipe)
 
 
-def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Console, ranks: Ranks) -> Path:
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    inputs: Inputs,
+    console: Console,
+    ranks: Ranks,
+    *,
+    resumed_as: RunConfig | None = None,
+) -> Path:
     device, length = _device(), config.train.sequence_length
     set_threads(min(config.train.threads, cores_of_a_rank(ranks)))
     ranks.mark("building and reading the state", may_take_long=True)
@@ -91,7 +114,9 @@ def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, console: Consol
         console.print(describe(state.layout, config.model), highlight=False, markup=False)
     if newest := latest_state(folder.states, group=ranks.control):
         state.restore(newest)
-    ranks.first(lambda: folder.cut_metrics(state.progress.step))
+    if resumed_as is not None:  # not before: a launch that has not come so far was asked by hand
+        ranks.first(lambda: folder.mark_launch(ranks.launch.id, resumed_as))
+    ranks.first(lambda: folder.cut_records(state.progress.step))
     evaluate = partial(
         score_documents,
         state.model,

@@ -50,12 +50,12 @@ def orthogonalise_alike(stacks: Sequence[Tensor]) -> list[Tensor]:
     alike = defaultdict[torch.Size, list[int]](list)
     for place, stack in enumerate(stacks):
         alike[stack.shape[-2:]].append(place)
-    found: dict[int, Tensor] = {}
+    orthogonal: dict[int, Tensor] = {}
     for places in alike.values():
         matrices = torch.cat([stacks[place] for place in places]).split(BATCH)  # [L, A, B] each
         updates = torch.cat([orthogonalise(batch) for batch in matrices])
-        found.update(zip(places, updates.split([len(stacks[place]) for place in places]), strict=True))
-    return [found[place] for place in range(len(stacks))]
+        orthogonal.update(zip(places, updates.split([len(stacks[place]) for place in places]), strict=True))
+    return [orthogonal[place] for place in range(len(stacks))]
 
 
 def cost(rows: int, columns: int) -> int:
@@ -65,7 +65,7 @@ def cost(rows: int, columns: int) -> int:
 
 
 #: Takes parts of parameters, and what to do with stacks of whole matrices [L, A, B]; returns the parts of the results.
-Exchange = Callable[[Sequence[Tensor], Callable[[Sequence[Tensor]], list[Tensor]]], list[Tensor]]
+OnWholeMatrices = Callable[[Sequence[Tensor], Callable[[Sequence[Tensor]], list[Tensor]]], list[Tensor]]
 
 
 class Muon(torch.optim.Optimizer):
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
     An update's root mean square is made 0.2, about that of AdamW's, by the factor 0.2 sqrt(max(A, B)), so learning
     rate and weight decay mean what they mean there. State: one momentum a parameter, as its gradient is: fp32, or
     fp64, and spread over ranks alike. Momentum and update are elementwise, so each rank makes those of its part of a
-    parameter; what needs whole matrices goes through `exchange`.
+    parameter; what needs whole matrices goes through `matrix_exchange`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
         products: torch.dtype | None = None,
-        exchange: Exchange | None = None,
+        matrix_exchange: OnWholeMatrices | None = None,
     ) -> None:
         """Take matrices, or groups of them, whose `lr` is set before each step.
 
@@ -97,18 +97,18 @@ class Muon(torch.optim.Optimizer):
             weight_decay: over the learning rate.
             products: what matrices are rounded to before they are made orthogonal: bf16 is exact enough, where the
                 machine has units for it; the parameters' dtype if not given.
-            exchange: where ranks hold parts of the parameters: lets each whole matrix be worked on; it is given this
-                rank's parts of all parameters, in the order of groups.
+            matrix_exchange: where ranks hold parts of the parameters: lets each whole matrix be worked on; it is given
+                this rank's parts of all parameters, in the order of groups.
         """
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
         super().__init__(parameters, defaults)
-        self.products, self.exchange = products, exchange
+        self.products, self.matrix_exchange = products, matrix_exchange
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient, in place; `closure` is not supported."""
         assert closure is None, "Muon is stepped after the backward pass, without a closure"
-        updates = self._by_group() if self.exchange is None else self._over_ranks(self.exchange)
+        updates = self._by_group() if self.matrix_exchange is None else self._over_ranks(self.matrix_exchange)
         for group, parameter, update in updates:
             height, columns = parameter.shape[-2:]
             part, rows, lr = local(parameter), height // group["parts"], group["lr"]
@@ -127,11 +127,11 @@ class Muon(torch.optim.Optimizer):
             for parameter, update in zip(parameters, orthogonalise_alike(stacks), strict=True):
                 yield group, parameter, update.view_as(parameter)
 
-    def _over_ranks(self, exchange: Exchange) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+    def _over_ranks(self, matrix_exchange: OnWholeMatrices) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
         """Return the same where ranks hold parts of parameters."""
         taken = [(group, p) for group in self.param_groups for p in group["params"]]
         ahead = [self._look_ahead(p, group["momentum"]) for group, p in taken]
-        for (group, parameter), update in zip(taken, exchange(ahead, orthogonalise_alike), strict=True):
+        for (group, parameter), update in zip(taken, matrix_exchange(ahead, orthogonalise_alike), strict=True):
             if parameter.grad is not None:
                 yield group, parameter, update
 

@@ -102,9 +102,9 @@ def build_optimizer(model: Transformer, config: OptimizerConfig, mesh: Mesh | No
     stacked = [p for n, p in hidden.items() if n.endswith("gate_up_proj")]
     single = [p for n, p in hidden.items() if not n.endswith("gate_up_proj")]
     groups = [(matrices, parts) for matrices, parts in ((single, 1), (stacked, 2)) if matrices]
-    exchange = None
+    matrix_exchange = None
     if mesh is not None:
-        exchange = MatrixExchange(
+        matrix_exchange = MatrixExchange(
             [(p, parts) for matrices, parts in groups for p in matrices], mesh.stage.get_group(), cost
         )
     muon = Muon(
@@ -112,7 +112,7 @@ def build_optimizer(model: Transformer, config: OptimizerConfig, mesh: Mesh | No
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
         products=model.compute_dtype,  # the one that this machine is fast in, where the recipe leaves that to it
-        exchange=exchange,
+        matrix_exchange=matrix_exchange,
     )
     return Optimizers(adamw, muon)
 

@@ -85,10 +85,13 @@ class Reporter:
         if due:
             self._measure_rate(progress)
         record = {**progress.to_json(), **asdict(result)}
+        load = record.pop("expert_load")
         if due:
             record |= {"tokens_per_s": round(self._rate, 1), "mfu": round(self._mfu, 4)}
             self._print_line(progress, result)
         self._record(record)
+        if self.speaks and load:
+            self.folder.append_load(progress.step, progress.tokens, load)
 
     def score(self, progress: Progress, score: Score) -> None:
         """Record a validation; one without documents is none."""
@@ -120,7 +123,7 @@ class Reporter:
     def rolled_back(self, progress: Progress, from_step: int, skipped: Ranges) -> None:
         """Cut off the metrics of the steps after `progress`, which are made anew, and record the rollback."""
         if self.speaks:
-            self.folder.cut_metrics(progress.step)
+            self.folder.cut_records(progress.step)
         record = {"rolled_back_from": from_step, "skipped": skipped}
         self._record({**progress.to_json(), "step": progress.step + 1, **record})
         self._say(f"back from step {from_step} to step {progress.step}; skipped: sequences {_shown(skipped)}")

@@ -14,6 +14,10 @@ from abyssal.config import RunConfig, load_recipe
 from abyssal.errors import CheckpointError, UsageError
 from abyssal.files.atomic import write_text
 from abyssal.files.faults import os_faults
+from abyssal.train.json_lines import append_line, cut_lines, thin_lines
+
+#: Of how many newest steps `expert_load.jsonl` keeps every load, and of how many earlier ones at most.
+NEWEST_LOADS, EARLIER_LOADS = 128, 512
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class RunFolder:
 
     @property
     def launch(self) -> Path:
-        """Which launch of several ranks began the run."""
+        """Which launch of several ranks began the run, or was the last to go on with it."""
         return self.path / "launch.json"
 
     def data(self, config: RunConfig) -> Path:
@@ -38,8 +42,13 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: a step, or a validation."""
+        """One JSON object a line: a step without its expert load, or a validation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def loads(self) -> Path:
+        """The expert loads of the newest steps and of every n-th before, one JSON object a line."""
+        return self.path / "expert_load.jsonl"
 
     @property
     def states(self) -> Path:
@@ -90,7 +99,7 @@ class RunFolder:
             write_text(self.recipe, tomli_w.dumps(config.model_dump(exclude_none=True)))
 
     def mark_launch(self, launch_id: str, config: RunConfig) -> None:
-        """Store by which launch the run is begun, and as which recipe, before the machine decided on any of it.
+        """Store which launch makes the run, and of which recipe, before the machine resolved any of it.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -100,15 +109,15 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_text(self.launch, json.dumps({"launch": launch_id, "recipe": config.model_dump(mode="json")}))
 
-    def was_begun_by(self, launch_id: str, config: RunConfig) -> bool:
-        """Whether a run of this launch and recipe stands here: then its processes were started again, and go on."""
+    def is_of_launch(self, launch_id: str, config: RunConfig) -> bool:
+        """Whether this launch has made the run here before, of this recipe: then its processes were started again."""
         if not launch_id or not self.recipe.is_file() or not self.launch.is_file():
             return False
         try:
-            found = json.loads(self.launch.read_text(encoding="utf-8"))
+            mark = json.loads(self.launch.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return False
-        return bool(found == {"launch": launch_id, "recipe": config.model_dump(mode="json")})
+        return bool(mark == {"launch": launch_id, "recipe": config.model_dump(mode="json")})
 
     def resolved_config(self, overrides: Sequence[str] = ()) -> RunConfig:
         """Return the recipe that the run was started with, changed by `overrides`.
@@ -121,19 +130,15 @@ class RunFolder:
             raise UsageError(f"{self.path}: no run to resume here (it has no recipe.toml)")
         return load_recipe(str(self.recipe), overrides)
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which a resumed run makes again; a line cut short is dropped too."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if record["step"] <= step:
-                kept.append(line)
-        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+    def cut_records(self, step: int) -> None:
+        """Drop what metrics and loads say of steps after `step`, which a run that goes on makes again.
+
+        Raises:
+            CheckpointError: the disk refused.
+        """
+        for path in (self.metrics, self.loads):
+            with os_faults(CheckpointError, path, "write metrics"):
+                cut_lines(path, step)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to the metrics.
@@ -141,11 +146,19 @@ class RunFolder:
         Raises:
             CheckpointError: the disk refused; earlier lines stay.
         """
-        with (
-            os_faults(CheckpointError, self.metrics, "write metrics"),
-            self.metrics.open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps(record) + "\n")
+        with os_faults(CheckpointError, self.metrics, "write metrics"):
+            append_line(self.metrics, record)
+
+    def append_load(self, step: int, tokens: int, load: dict[int, list[int]]) -> None:
+        """Add the expert load of a step, and thin those of earlier steps where they have become many.
+
+        Raises:
+            CheckpointError: the disk refused; earlier lines stay.
+        """
+        with os_faults(CheckpointError, self.loads, "write metrics"):
+            append_line(self.loads, {"step": step, "tokens": tokens, "expert_load": load})
+            if step % NEWEST_LOADS == 0:
+                thin_lines(self.loads, lambda earlier: keeps_load(earlier, step))
 
     def write_samples(self, samples: Iterable[dict[str, Any]]) -> None:
         """Store what the model made of some beginnings, in place of earlier ones.
@@ -168,3 +181,15 @@ class RunFolder:
         page = render_page(read_runs([self.path]))
         with os_faults(CheckpointError, self.report, "write the report"):
             write_text(self.report, page)
+
+
+def keeps_load(step: int, newest: int) -> bool:
+    """Whether the load of a step is kept once `newest` is made: always if it is among the newest, else every n-th.
+
+    n is the smallest power of two that leaves at most `EARLIER_LOADS`, so it doubles as the run goes on, and a run that
+    was interrupted keeps the same steps.
+    """
+    spacing = 1
+    while newest // spacing > EARLIER_LOADS:
+        spacing *= 2
+    return step > newest - NEWEST_LOADS or step % spacing == 0

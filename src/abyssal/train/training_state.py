@@ -93,16 +93,16 @@ class TrainingState:
             TrainingError: the run went back too often already.
         """
         trouble, limits = self.guard, self.config.guard
-        found = states(root, group=self.ranks.control)
+        saved = states(root, group=self.ranks.control)
         if len(trouble.rollbacks) >= limits.max_rollbacks:
             raise TrainingError(
                 f"step {self.progress.step + 1}: {last}; {len(trouble.refusals)} batches in {limits.rollback_steps} "
                 f"steps were refused, and the run went back {len(trouble.rollbacks)} times already, which "
                 f"guard.max_rollbacks={limits.max_rollbacks} allows no more"
             )
-        before = [path for path in found if step_of(path) < trouble.refusals[0].step]
-        target = before[-1] if before else found[0] if found else None
-        for path in reversed(found):
+        before = [path for path in saved if step_of(path) < trouble.refusals[0].step]
+        target = before[-1] if before else saved[0] if saved else None
+        for path in reversed(saved):
             if path == target:
                 break
             remove_state(path, group=self.ranks.control)

@@ -161,6 +161,7 @@ def test_the_index_names_every_tensor_and_no_file_is_larger_than_asked(plain: Bu
         assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
 
 
+@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_number_of_processes(
     quantised: Build, oracle: ModuleType, tmp_path: Path
 ) -> None:

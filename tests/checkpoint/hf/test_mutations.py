@@ -168,6 +168,7 @@ def as_it_stands(folder: Path) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_200_random_mutations_end_in_a_sentence_or_in_what_the_directory_says(
     folders: list[Path], tmp_path: Path
 ) -> None:

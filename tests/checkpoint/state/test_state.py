@@ -22,11 +22,12 @@ from abyssal.checkpoint.state import (
     named_tensors,
     read_progress,
     save_state,
+    set_damaged_states_aside,
     states,
 )
 from abyssal.checkpoint.state.dcp import ReproducibleWriter
 from abyssal.checkpoint.state.integrity import render
-from abyssal.errors import CheckpointError
+from abyssal.errors import CheckpointError, DamagedStateError
 from abyssal.files.checksums import sha256
 from abyssal.train.optimizer import adamw_tensors
 
@@ -179,11 +180,15 @@ def test_a_leaf_that_is_no_tensor_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "states").exists()
 
 
+def damage(state, name="__0_0.distcp"):
+    content = bytearray((state / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (state / name).write_bytes(content)
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "progress.json", "checksums.json"])
 def test_damage_names_the_file(saved, name):
-    content = bytearray((saved / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (saved / name).write_bytes(content)
+    damage(saved, name)
     target = tensors(seed=1)
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: damaged"):
         load_state(saved, target)
@@ -195,6 +200,48 @@ def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: (missing|no such file)"):
         load_state(saved, tensors())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_damaged_states_are_set_aside_back_to_the_newest_that_is_intact(tmp_path, count):
+    paths = [save_state(tmp_path, step, tensors(), PROGRESS, keep=3) for step in (2, 4, 6)]
+    (tmp_path / "damaged-step-00000006").mkdir()  # of an earlier time
+    damaged = paths[3 - count :][::-1]
+    for path in damaged:
+        damage(path)
+    aside = set_damaged_states_aside(tmp_path)
+    assert states(tmp_path) == paths[: 3 - count]
+    assert [path.name for path, _ in aside] == [f"damaged-{path.name}" for path in damaged]
+    for (path, fault), before in zip(aside, damaged, strict=True):
+        assert fault == f"{before / '__0_0.distcp'}: damaged (its sha256 is not the one written with it)"
+        assert (path / "__0_0.distcp").is_file()
+    assert set_damaged_states_aside(tmp_path) == []
+
+
+def test_where_no_state_is_intact_none_is_set_aside(tmp_path):
+    assert set_damaged_states_aside(tmp_path) == []
+    paths = [save_state(tmp_path, step, tensors(), PROGRESS, keep=2) for step in (2, 4)]
+    for path in paths:
+        damage(path, ".metadata")
+    with pytest.raises(
+        DamagedStateError, match=r"step-00000004/\.metadata: damaged .*; no state before step-00000004 is intact"
+    ):
+        set_damaged_states_aside(tmp_path)
+    assert states(tmp_path) == paths
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
+    save_state(tmp_path, 2, tensors(), PROGRESS, keep=2)
+    latest = save_state(tmp_path, 4, tensors(), PROGRESS, keep=2)
+
+    def unreadable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("abyssal.checkpoint.state.integrity.sha256", unreadable)
+    with pytest.raises(CheckpointError, match="Input/output error") as caught:
+        set_damaged_states_aside(tmp_path)
+    assert not isinstance(caught.value, DamagedStateError)
+    assert states(tmp_path)[-1] == latest
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

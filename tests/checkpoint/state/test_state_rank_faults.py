@@ -194,7 +194,7 @@ def test_plain_tensors_and_disks_that_differ_between_ranks_are_refused(tmp_path:
     *unequal, disk = results[0]
     for sentence, name in zip(unequal, ("model.rows", "count", "count"), strict=True):
         assert f"{name} is not the same on rank 0 and rank 2; what differs between ranks must be a DTensor" in sentence
-    assert "disk-1: what the first rank makes there is not seen here; all ranks of a run need one file sys" in disk
+    assert "disk-1/step-00000001: what the first rank makes there is not seen here; all ranks of a run need one" in disk
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -86,11 +86,10 @@ def advice(path: Path) -> Iterator[None]:
     try:
         yield
     except DamagedStateError as error:
-        way_out = "and the run begins anew, since no earlier state is there"
+        way_out = f"remove {path.name}, and the run begins anew, since no earlier state is there"
         if any(step_of(other) < step_of(path) for other in states(path.parent)):
-            way_out = "to resume from the state before it"
-        comma = ", " if way_out.startswith("and") else " "
-        raise DamagedStateError(f"{error}; remove {path.name}{comma}{way_out}") from None
+            way_out = f"resume with --step-back to set {path.name} aside and go on from the state before it"
+        raise DamagedStateError(f"{error}; {way_out}") from None
 
 
 def read_checksums(path: Path) -> dict[str, str]:

@@ -33,7 +33,7 @@ class Memory:
     moments: float = 0.0
     gradients: float = 0.0
     gathered: float = 0.0  # weights in use
-    casts: float = 0.0  # their copies in the compute dtype, which micro-batches under way keep
+    casts: float = 0.0  # their copies in the compute dtype, made once a step where no gathering casts
     activations: float = 0.0  # the plan's
 
     @property
@@ -90,7 +90,7 @@ def memory_of(stage: CutStage, parts: Mapping[str, ModelPart], config: ParallelC
         moments=every("moment_bytes"),
         gradients=gradients,
         gathered=gathered,
-        casts=every("cast_bytes") * stage.in_flight,
+        casts=every("cast_bytes"),
         activations=stage.activations,
     )
 

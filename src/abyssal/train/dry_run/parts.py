@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from abyssal.config import ModelConfig, RunConfig
 from abyssal.model import Transformer
-from abyssal.model.feed_forward import StackedExperts
+from abyssal.model.feed_forward import Router, StackedExperts
 from abyssal.model.layers import Linear
 from abyssal.parallel.apply import policies
 from abyssal.parallel.fake_ranks import fake_ranks
@@ -40,12 +40,12 @@ class ParameterSizes:
     local: tuple[int, ...]  # of this rank's part
     copies: int  # ranks of the stage that hold the same part
     gathered_from: int  # ranks, this one included, whose parts are gathered before use; 0: the run has one rank
-    unit: str  # what is gathered at once: "root", "block" or "experts"
+    unit: str  # what is gathered at once: "root", "block", "router" or "experts"
     stored_bytes: int  # the master weights' memory: the part, padded to that of the first rank
     moment_bytes: int  # the optimizer's
     use_bytes: int  # of the weight as it is gathered, padding included; 0: it is used where it is stored
     gradient_bytes: int  # of its gradient before it is reduced, padding included
-    cast_bytes: int  # of the copy in the compute dtype that a forward pass makes of it; 0: it is used as it is
+    cast_bytes: int  # of the copy in the compute dtype that a step makes of it; 0: it is used as it is
 
     @property
     def elements(self) -> int:
@@ -136,15 +136,16 @@ def part_of(name: str, model: ModelConfig) -> str:
 def _sizes(
     name: str, parameter: nn.Parameter, module: nn.Module, moments: Mapping[str, Any], model: Transformer
 ) -> ParameterSizes:
-    whole, narrow = policies(model.compute_dtype)
-    experts = isinstance(module, StackedExperts)
+    narrow, wide = policies(model.compute_dtype)
     own = local(parameter)
-    unit = "experts" if experts else "block" if name.startswith("model.layers.") else "root"
+    unit = "block" if name.startswith("model.layers.") else "root"
+    if isinstance(module, StackedExperts | Router):
+        unit = "router" if isinstance(module, Router) else "experts"
     stored = _memory(own) // own.element_size()
     gathered_from, used_in, reduced_in = 0, parameter.dtype, parameter.dtype
     if isinstance(parameter, DTensor):
         gathered_from = _gathered_from(parameter)
-        policy = narrow if experts else whole
+        policy = wide if unit == "router" else narrow
         used_in, reduced_in = policy.param_dtype or parameter.dtype, policy.reduce_dtype or parameter.dtype
     in_use = stored * max(1, gathered_from)
     casts = isinstance(module, Linear | StackedExperts) and used_in != model.compute_dtype
