@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 
+from abyssal import errors
 from abyssal.cli.main import app, main
 from abyssal.config import ModelConfig, RunConfig, load_recipe
 from abyssal.config.frozen import fields_at
@@ -462,18 +463,51 @@ def test_every_field_of_the_metrics_is_in_the_table() -> None:
     assert set(re.findall(r"`(\w+)`", described)) - names == set()
 
 
-def string_constants() -> Iterator[str]:
-    """Yield the literal parts of every string in the source."""
-    for path in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+VALUE = "\0"  # stands for a value in a message
 
 
-def test_sentences_of_the_table_of_faults_stand_in_the_code() -> None:
+def messages(code: str) -> Iterator[tuple[str, str]]:
+    """Yield each string of a module that is no docstring, f-strings whole, and the exception raised with it."""
+    tree = ast.parse(code)
+    raised = {
+        id(part): ast.unparse(node.exc.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        for part in ast.walk(node.exc)
+    }
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    inside |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [str(part.value) if isinstance(part, ast.Constant) else VALUE for part in node.values]
+            yield "".join(parts), raised.get(id(node), "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            yield node.value, raised.get(id(node), "")
+
+
+def says(message: str, sentence: str) -> bool:
+    """Whether a message has a sentence of the table, in whole words."""
+    return re.search(rf"(?<!\w){re.escape(sentence)}(?!\w)", message) is not None
+
+
+def test_sentences_of_the_table_of_faults_are_messages_with_these_exit_codes() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    cells = re.findall(r"^\| (`.*?) \| [12, ]+ \| ", text.partition("## When something is wrong")[2], re.MULTILINE)
-    sentences = [sentence for cell in cells for sentence in re.findall(r"`([^`]+)`", cell)]
+    rows = re.findall(r"^\| (`.*?) \| ([12, ]+) \| ", text.partition("## When something is wrong")[2], re.MULTILINE)
+    sentences = [(sentence, codes) for cell, codes in rows for sentence in re.findall(r"`([^`]+)`", cell)]
     assert len(sentences) > 40
-    code = list(string_constants())
-    assert [sentence for sentence in sentences if not any(sentence in text for text in code)] == []
+    all_messages = [m for path in SOURCE.rglob("*.py") for m in messages(path.read_text(encoding="utf-8"))]
+    faults = []
+    for sentence, codes in sentences:
+        exceptions = [raised for message, raised in all_messages if says(message, sentence)]
+        exits = {str(getattr(errors, name).exit_code) for name in exceptions if hasattr(errors, name)}
+        if len(sentence.split()) < 2 or not exceptions or not exits <= set(codes.split(", ")):
+            faults.append((sentence, codes, exits or exceptions))
+    assert faults == []
+
+
+def test_messages_are_read_without_docstrings_and_sentences_in_whole_words() -> None:
+    code = 'def f(x):\n    "no such run"\n    raise UsageError(f"{x}: no such " f"folder of a run{x}")\ny = "else"'
+    assert list(messages(code)) == [("else", ""), (f"{VALUE}: no such folder of a run{VALUE}", "UsageError")]
+    assert says("a: no such folder; go", "no such folder")
+    assert not says("a: no such folder; go", "no such fold")
+    assert not says("a: no such folder; go", "o such folder")

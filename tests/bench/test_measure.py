@@ -10,7 +10,7 @@ from abyssal.bench.measure import Distribution, ServingResult
 
 def test_percentiles_are_those_of_the_sorted_values() -> None:
     values = [float(value) for value in range(1, 1002)]
-    random.Random().shuffle(values)
+    random.shuffle(values)
     found = Distribution.of(values)
     assert found is not None
     assert found.quantiles == {50: 501, 90: 901, 95: 951, 99: 991}

@@ -23,7 +23,7 @@ WORDS = ("def", "f(x)", "return", "x", "* x", "naïve", "if", "\n")
 
 def random_lines(count: int) -> list[dict[str, Any]]:
     """Prompts and conversations, some with parameters of their own."""
-    draw = random.Random()
+    draw = random.Random(random.randrange(2**32))
     lines: list[dict[str, Any]] = []
     for number in range(count):
         text = " ".join(draw.choices(WORDS, k=draw.randint(1, 5)))

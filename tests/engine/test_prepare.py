@@ -10,9 +10,9 @@ import torch
 from abyssal.config import ModelConfig
 from abyssal.engine import prepare_for_inference
 from abyssal.engine.paged_cache import PagedLatentCache, TokenRange
-from abyssal.engine.prepare import UNPACKED, PackedExperts, PackedLinear, PlainDispatcher, pack_weights
+from abyssal.engine.prepare import UNPACKED, PlainDispatcher, pack_weights
 from abyssal.model import AbsorbedCore, Context, RouterStatistics, Transformer
-from abyssal.model.feed_forward import StackedExperts
+from abyssal.model.feed_forward import DenseFFN, StackedExperts
 from abyssal.model.layers import Linear
 from abyssal.ops.kernels import choose_kernels, passed_over
 from abyssal.ops.packed import why_not_packed
@@ -89,10 +89,16 @@ def test_everything_that_can_be_packed_is(tiny_config: ModelConfig, build: Build
     model = build(tiny_config, dtype=torch.float32)
     model.kernels = choose_kernels(CPU, torch.float32, "decode")
     pack_weights(model)
-    left = [name for name, module in model.named_modules() if isinstance(module, Linear | StackedExperts)]
+    weighted = dict(model.named_modules())
+    left = [name for name, module in weighted.items() if isinstance(module, Linear) and module.weight is not None]
     assert {name.rpartition(".")[2] for name in left} == set(UNPACKED)
-    kinds = {type(module) for module in model.modules()}
-    assert {PackedLinear, PackedExperts} <= kinds
+    for name, module in weighted.items():
+        if isinstance(module, DenseFFN):
+            assert module.gate_up is not None, name
+        elif isinstance(module, StackedExperts):
+            assert module.prepared is not None, name
+        elif isinstance(module, Linear):
+            assert (module.prepared is None) == (name.rpartition(".")[2] in {*UNPACKED, "gate_proj", "up_proj"}), name
     names = "\n".join(model.state_dict())
     assert "kv_b_proj" in names
     assert "o_proj" not in names

@@ -76,7 +76,7 @@ def as_leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def draw_cases(ranks: int, **changed: Any) -> list[Choices]:
     """Draw seeds for every kind of case."""
-    draw = random.SystemRandom().randrange
+    draw = random.randrange
     unequal = tuple(3 * rank + 2 for rank in reversed(range(ranks)))
     empty = draw(ranks)
     alone = draw(ranks)

@@ -6,14 +6,13 @@ Legend: T packed tokens, D hidden, K experts a token, M = T * K rows.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from abyssal.model import AbsorbedCore, Transformer
 from abyssal.model.dispatcher import InFlight, LocalDispatcher
 from abyssal.model.feed_forward import DenseFFN, StackedExperts
 from abyssal.model.layers import Linear
-from abyssal.ops.swiglu import swiglu
-from abyssal.ops.version import Version, cast
+from abyssal.ops.version import cast
 
 #: Read as they are: by the absorbed attention core, and by whoever needs logits or a loss.
 UNPACKED = ("kv_b_proj", "lm_head")
@@ -51,61 +50,17 @@ def dispatch_plainly(model: Transformer) -> None:
 
 @torch.no_grad()
 def pack_weights(model: Transformer) -> None:
-    """Pack the linear layers and experts of `model` in place, if its kernels are versions that want it."""
+    """Lay the weights of `model` out for good, in place, where its kernels are versions that want it."""
     dtype, linear, experts = model.compute_dtype, model.kernels.linear, model.kernels.experts
-    if linear.prepare is cast:
-        return
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is DenseFFN:
-                setattr(module, name, PackedFFN(child, linear, dtype))
-            elif type(child) is StackedExperts:
-                setattr(module, name, PackedExperts(child, experts, dtype))
-            elif type(child) is Linear and name not in UNPACKED:
-                setattr(module, name, PackedLinear(child.weight, linear, dtype))
-
-
-class PackedLinear(nn.Module):
-    """y = x W^T over a packed weight, in its dtype."""
-
-    def __init__(self, weight: Tensor, version: Version, dtype: torch.dtype) -> None:
-        """Pack W [out, in]."""
-        super().__init__()
-        self.kernel, self.packed = version.function, version.prepare(weight, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [T, in] to [T, out]."""
-        return self.kernel(x, self.packed)
-
-
-class PackedFFN(DenseFFN):
-    """A SwiGLU network with gate and up in one product."""
-
-    def __init__(self, ffn: DenseFFN, version: Version, dtype: torch.dtype) -> None:
-        """Pack the three weights."""
-        nn.Module.__init__(self)
-        self.gate_up_proj = PackedLinear(torch.cat((ffn.gate_proj.weight, ffn.up_proj.weight)), version, dtype)
-        self.down_proj = PackedLinear(ffn.down_proj.weight, version, dtype)  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [T, D] to [T, D]."""
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
-
-
-class PackedExperts(nn.Module):
-    """All experts of a layer, each packed apart."""
-
-    def __init__(self, experts: StackedExperts, version: Version, dtype: torch.dtype) -> None:
-        """Pack the slices of both stacks."""
-        super().__init__()
-        self.kernel = version.function
-        self.gate_up = version.prepare(experts.gate_up_proj, dtype)
-        self.down = version.prepare(experts.down_proj, dtype)
-
-    def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        """Map rows [M, D], sorted by expert, to their weighted outputs [M, D]."""
-        return self.kernel(rows, weights, counts, self.gate_up, self.down)
+    for name, module in model.named_modules():  # a network before its projections, two of which it takes
+        if isinstance(module, StackedExperts) and experts.prepare is not cast:
+            module.prepare_for_good(experts, dtype)
+        elif linear.prepare is cast:
+            continue
+        elif isinstance(module, DenseFFN) or (
+            isinstance(module, Linear) and module.weight is not None and name.rpartition(".")[2] not in UNPACKED
+        ):
+            module.prepare_for_good(linear, dtype)
 
 
 class PlainDispatcher(LocalDispatcher):

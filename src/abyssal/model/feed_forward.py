@@ -23,6 +23,7 @@ from abyssal.ops.linear import WeightGradients
 from abyssal.ops.permute import count_experts
 from abyssal.ops.routing import affinities, choose_experts, gate_weights
 from abyssal.ops.swiglu import swiglu
+from abyssal.ops.version import Version
 
 
 class Routing(NamedTuple):
@@ -41,10 +42,18 @@ class DenseFFN(nn.Module):
         self.gate_proj = Linear(config.hidden_size, intermediate_size)
         self.up_proj = Linear(config.hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, config.hidden_size)
+        self.gate_up: Callable[[Tensor], Tensor] | None = None  # both in one product, prepared for inference
+
+    def prepare_for_good(self, version: Version, dtype: torch.dtype) -> None:
+        """Let `version` lay out gate above up as one weight, for inference; what is stored is let go."""
+        gate, up = self.gate_proj, self.up_proj
+        self.gate_up = version.with_weight(torch.cat((gate.weight, up.weight)), dtype)
+        gate.weight = up.weight = None  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, D] to [T, D]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.gate_up is None else self.gate_up(x).chunk(2, -1)
+        return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
 
     def route(self, hidden: Tensor, ctx: Context) -> None:
         """Nothing to choose."""
@@ -108,6 +117,13 @@ class StackedExperts(nn.Module):
     def prepare(self, dtype: torch.dtype, deferred: WeightGradients | None = None) -> None:
         """Cast both stacks for all products until `prepared` is dropped; `deferred` takes their gradients' products."""
         self.prepared = CastExperts(self.kernel, self.gate_up_proj, self.down_proj, dtype, deferred)
+
+    def prepare_for_good(self, version: Version, dtype: torch.dtype) -> None:
+        """Let `version` lay both stacks out as it reads them, for inference; what is stored is let go."""
+        kernel = version.function
+        gate_up, down = (version.prepare(stack, dtype) for stack in (self.gate_up_proj, self.down_proj))
+        self.prepared = lambda rows, weights, counts: kernel(rows, weights, counts, gate_up, down)
+        self.gate_up_proj = self.down_proj = None  # type: ignore[assignment]
 
     def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """Map rows [M, D], sorted by expert, to their weighted outputs [M, D]."""

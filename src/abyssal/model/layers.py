@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from abyssal.ops.linear import CastWeight, WeightGradients, linear
 from abyssal.ops.rms_norm import Normalise, rms_norm
+from abyssal.ops.version import Version
 
 
 class Linear(nn.Module):
@@ -27,6 +28,11 @@ class Linear(nn.Module):
     def prepare(self, dtype: torch.dtype, deferred: WeightGradients | None = None) -> None:
         """Cast the weight for all products until `prepared` is dropped; `deferred` takes its gradient's products."""
         self.prepared = CastWeight(self.weight, dtype, deferred)
+
+    def prepare_for_good(self, version: Version, dtype: torch.dtype) -> None:
+        """Let `version` lay the weight out as it reads it, for inference; what is stored is let go."""
+        self.prepared = version.with_weight(self.weight, dtype)
+        self.weight = None  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, in] to [T, out]."""

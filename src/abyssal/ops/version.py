@@ -61,6 +61,11 @@ class Version:
         """Compute the operation."""
         return self.function(*args, **kwargs)
 
+    def with_weight(self, weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Return a product's function of the rows alone, with its weight prepared once."""
+        function, prepared = self.function, self.prepare(weight, dtype)
+        return lambda x: function(x, prepared)
+
     def why_not_for(self, purpose: Purpose, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why this version is passed over, or None."""
         if purpose not in self.purposes:

@@ -55,7 +55,8 @@ class RankParameters:
 
     def __add__(self, other: RankParameters) -> RankParameters:
         """Add kind by kind."""
-        return RankParameters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        unquantized = self.unquantized + other.unquantized
+        return RankParameters(self.experts + other.experts, self.dense + other.dense, unquantized)
 
     @property
     def total(self) -> float:
