@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -201,16 +202,17 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(
     abyssal: Call, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("convert", model_folder, "out", "--to", "bf16", "--max-shard-size", "20KB", "--workers", 1)
-    write, left = os.write, [70_000]
+    left = [70_000]
 
-    def fill(descriptor: int, data: bytes) -> int:
-        if left[0] < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        left[0] -= len(data)
-        return write(descriptor, data)
+    class FullDisk(FileIO):
+        def write(self, data: Any) -> int:
+            if left[0] < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left[0] -= len(data)
+            return super().write(data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "write", fill)
+        patched.setattr("abyssal.checkpoint.convert.output_file.FileIO", FullDisk)
         result = abyssal(*arguments)
     assert result.code == 1
     assert "No space left on device" in result.err
