@@ -167,7 +167,9 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self._end, other = pty.openpty()
         command = [sys.executable, "-m", "abyssal", "chat", *arguments]
+        ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the background; a child inherits it
         self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True)
+        signal.signal(signal.SIGINT, ignored)
         os.close(other)
         self._seen = ""
 
