@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.ops.routing import affinities, choose_experts, gate_weights
+from abyssal.ops.routing import affinities, choose_experts, routing_weights
 
 # (experts, groups, kept groups, K), all different where they can be
 SHAPES = [(7, 1, 1, 3), (12, 4, 2, 5), (15, 5, 3, 4), (6, 2, 1, 3), (20, 10, 3, 6), (9, 3, 3, 2)]
@@ -97,7 +97,7 @@ def test_bias_moves_the_choice_and_not_the_weights() -> None:
     bias = torch.tensor([0.0, -1.0, 0.0, 1.0], dtype=torch.float64)
     chosen = choose_experts(scores, bias, n_group=1, topk_group=1, top_k=2)
     assert set(chosen[0].tolist()) == {0, 3}
-    weights = gate_weights(scores, torch.tensor([[0, 3]]), normalise=True, scale=2.5)
+    weights = routing_weights(scores, torch.tensor([[0, 3]]), normalise=True, scale=2.5)
     torch.testing.assert_close(weights, torch.tensor([[2.5 * 0.5 / 0.7, 2.5 * 0.2 / 0.7]], dtype=torch.float64))
 
 
@@ -129,7 +129,7 @@ def test_weights_equal_the_definition(normalise: bool, seed: int) -> None:
         for i in experts[t].tolist():
             expected.append(scale * scores[t, i] / (total + 1e-20 if normalise else 1))
     oracle = torch.stack(expected).view(TOKENS, 4)
-    weights = gate_weights(scores, experts, normalise=normalise, scale=scale)
+    weights = routing_weights(scores, experts, normalise=normalise, scale=scale)
     torch.testing.assert_close(weights, oracle, rtol=1e-9, atol=1e-9)
     (actual,) = torch.autograd.grad((weights * coefficients).sum(), scores)
     (gradient,) = torch.autograd.grad((oracle * coefficients).sum(), scores)
@@ -139,5 +139,5 @@ def test_weights_equal_the_definition(normalise: bool, seed: int) -> None:
 
 
 def test_weights_of_vanishing_affinities_stay_finite() -> None:
-    weights = gate_weights(torch.zeros(2, 5), torch.tensor([[0, 1], [3, 4]]), normalise=True, scale=2.5)
+    weights = routing_weights(torch.zeros(2, 5), torch.tensor([[0, 1], [3, 4]]), normalise=True, scale=2.5)
     assert torch.equal(weights, torch.zeros(2, 2))

@@ -21,7 +21,7 @@ from abyssal.ops.balance_loss import balance_loss, inject_loss
 from abyssal.ops.experts import CastExperts, Experts
 from abyssal.ops.linear import WeightGradients
 from abyssal.ops.permute import count_experts
-from abyssal.ops.routing import affinities, choose_experts, gate_weights
+from abyssal.ops.routing import affinities, choose_experts, routing_weights
 from abyssal.ops.swiglu import swiglu
 from abyssal.ops.version import Version
 
@@ -163,7 +163,9 @@ class MixtureOfExperts(nn.Module):
                 ctx.statistics.balance_loss[self.layer] = losses.detach().mean()
         if ctx.statistics is not None:
             ctx.statistics.expert_load[self.layer] = count_experts(experts, cfg.n_routed_experts)  # [E]
-        weights = gate_weights(scores, experts, normalise=cfg.norm_topk_prob, scale=cfg.routed_scaling_factor)  # eq. 13
+        weights = routing_weights(
+            scores, experts, normalise=cfg.norm_topk_prob, scale=cfg.routed_scaling_factor
+        )  # eq. 13
         return Routing(weights, experts)
 
     def dispatch(self, hidden: Tensor, routing: Routing) -> InFlight:

@@ -1,4 +1,4 @@
-"""The gate: affinities, group-limited choice of experts, and their weights.
+"""The router: affinities, group-limited choice of experts, and their weights.
 
 Legend: T packed tokens, D hidden, E routed experts, K experts a token.
 """
@@ -50,7 +50,7 @@ def choose_experts(scores: Tensor, bias: Tensor, *, n_group: int, topk_group: in
     return biased.topk(top_k, dim=-1, sorted=False).indices  # eq. 14, 16
 
 
-def gate_weights(scores: Tensor, experts: Tensor, *, normalise: bool, scale: float) -> Tensor:
+def routing_weights(scores: Tensor, experts: Tensor, *, normalise: bool, scale: float) -> Tensor:
     """Return the weights of the chosen experts: their unbiased affinities, divided by their sum, times `scale`.
 
     Args:

@@ -23,7 +23,7 @@ def parallelise(model: Transformer, config: ParallelConfig, mesh: Mesh) -> None:
     """Spread a model on the meta device, or one that is equal on all ranks, over the ranks of `mesh`, in place.
 
     Stacked experts become DTensors split over ep by their first dim and sharded over edp by their second; all other
-    parameters are sharded by their first dim over the ranks of the stage. Gate biases stay whole on every rank.
+    parameters are sharded by their first dim over the ranks of the stage. Balancing biases stay whole on every rank.
     """
     spread_experts(model, config, mesh)
     shard(model, config, mesh)
