@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from abyssal.demo.story import PROMPTS
+from abyssal.demo.run import PROMPTS
 from abyssal.train import loop
 
 pytestmark = pytest.mark.slow

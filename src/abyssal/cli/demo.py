@@ -32,7 +32,7 @@ def demo(
 
     from abyssal.cli.program import program
     from abyssal.config import load_recipe
-    from abyssal.demo.story import run_demo
+    from abyssal.demo.run import run_demo
     from abyssal.errors import Stopped
     from abyssal.train.run_folder import RunFolder
 

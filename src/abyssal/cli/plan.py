@@ -72,42 +72,33 @@ def plan_recipe(
         abyssal plan v3_671b --cluster h100:1024 --precision bf16 --search
         abyssal plan v3_16b --cluster h100:64 --tokens 300B --html plan.html
     """
+    from abyssal.cli.plan_text import print_plan
     from abyssal.plan.calibration import Calibration
     from abyssal.plan.facts import plan_facts, search_facts
     from abyssal.plan.hardware import packaged_chips, parse_cluster, read_chips
     from abyssal.plan.inference import inference_facts
-    from abyssal.plan.search import search as search_layouts
     from abyssal.plan.training_plan import plan_training
 
-    chips = packaged_chips() | (read_chips(hardware) if hardware else {})
-    devices = parse_cluster(cluster, chips)
+    devices = parse_cluster(cluster, packaged_chips() | (read_chips(hardware) if hardware else {}))
     runs = load_runs(recipe, then or [], overrides or [], tokens, batch)
     check_money(price, other_hours, memory)
     limit = devices.chip.memory_bytes if memory is None else memory * 1e9
     calibration = Calibration()
-    chosen = {
+    choices = {
         "schedule": schedule, "pp_size": pp, "ep_size": ep, "tp_size": tp, "cp_size": cp, "overlap": overlap,
         "stages_per_rank": stages_per_rank, "micro_batch_size": micro_batch,
         "precision": precision, "recompute": recompute,
     }  # fmt: skip
-    layout, has_degrees = start_layout(devices, chosen)
-    is_usable = has_degrees or fits(runs[0], devices, layout, calibration, limit)
-    result = search_layouts(runs[0], devices, layout, calibration, limit) if search or not is_usable else None
-    if result is not None and not is_usable:
-        layout = best_of(result)
+    layout, result = choose_layout(runs[0], devices, choices, calibration, limit, searched=search)
     training = replace(plan_training(runs, devices, layout, calibration, price), other_hours=other_hours)
     step = training.phases[0].step
     refuse_excess(step, calibration, limit)
-    facts = plan_facts(training, limit)
-    facts["inference"] = inference_facts(runs[0].model, devices, calibration)
+    facts = plan_facts(training, limit) | {"inference": inference_facts(runs[0].model, devices, calibration)}
     if result is not None:
         facts["search"] = search_facts(result, limit)
     write_files(step, facts, html, trace)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    from abyssal.cli.plan_text import print_plan
-
+        return typer.echo(json.dumps(facts, indent=2))
     print_plan(facts, step, searched=search, written=[path for path in (html, trace) if path])
 
 
@@ -155,6 +146,22 @@ def check_money(price: float, other_hours: float, memory: float | None) -> None:
             raise UsageError(f"{option} {value:g}: must be from 0 to {most:g}")
     if memory is not None and not 0 < memory <= 1e6:
         raise UsageError(f"--memory {memory:g}: must be a number of GB above 0 and at most 1e6")
+
+
+def choose_layout(
+    run: RunConfig, cluster: Cluster, choices: dict[str, Any], calibration: Calibration, limit: float, *, searched: bool
+) -> tuple[Layout, SearchResult | None]:
+    """Return the layout of the options, or the best one where they choose none that fits; and the search, if any.
+
+    Raises:
+        UsageError: no layout fits.
+    """
+    from abyssal.plan.search import search
+
+    layout, has_degrees = start_layout(cluster, choices)
+    is_usable = has_degrees or fits(run, cluster, layout, calibration, limit)
+    result = search(run, cluster, layout, calibration, limit) if searched or not is_usable else None
+    return layout if is_usable or result is None else best_of(result), result
 
 
 def start_layout(cluster: Cluster, choices: dict[str, Any]) -> tuple[Layout, bool]:

@@ -59,8 +59,8 @@ def experts(
         return
     from rich.console import Console
 
-    whole = nodes == 1 or groups % nodes  # no group is kept together
-    policy = "any copy on any GPU" if whole else f"{groups} groups kept whole on {nodes} nodes"
+    is_global = nodes == 1 or groups % nodes  # no group is kept together
+    policy = "any copy on any GPU" if is_global else f"{groups} groups kept whole on {nodes} nodes"
     console = Console(highlight=False)
     print_placement(console, read, before, placed, policy)
     if svg:

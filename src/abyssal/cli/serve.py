@@ -73,11 +73,9 @@ def serve(
     from abyssal.engine import EngineOptions, load_model
     from abyssal.machine.describe import available_cores
 
-    try:
-        from abyssal.server import ServerOptions, create_app
-        from abyssal.server.process import is_loopback, listen, run_server, set_up_logging
-    except ModuleNotFoundError as error:
-        raise UsageError(f"serve: needs the package {error.name}; pip install 'abyssal[serve]'") from None
+    _check_packages()
+    from abyssal.server import ServerOptions, create_app
+    from abyssal.server.process import is_loopback, listen, run_server, set_up_logging
 
     refuse_run_folder(model)
     options = ServerOptions(
@@ -95,19 +93,31 @@ def serve(
         cache_bytes=cache_bytes,
         num_drafts=drafts,
     )
+    if threads is None:
+        # a product waits for the last of its threads, so one whose core answers clients would hold up the others
+        threads = max(1, available_cores() - 1)
     with closing(listen(host, port)) as listener:  # before minutes of loading
         if not (is_loopback(listener) or api_key):
-            typer.echo(
-                f"warning: {host} can be reached from other machines, and nobody needs a key; see --api-key", err=True
-            )
-        # a product waits for the last of its threads, so one whose core answers clients would hold up the others
-        free_cores = max(1, available_cores() - 1)
-        loaded = load_model(model, dtype=dtype, device=device, threads=free_cores if threads is None else threads)
+            _warn(f"{host} can be reached from other machines, and nobody needs a key; see --api-key")
+        loaded = load_model(model, dtype=dtype, device=device, threads=threads)
         app = create_app(loaded, template=_template(model), options=options, engine_options=engine_options)
         set_up_logging(access=access_log)
         listener.listen()  # connections from now on wait, instead of being refused until the loop has begun
         typer.echo(f"serving {options.model_name} at {_url(listener)}; Ctrl-C or SIGTERM ends it", err=True)
         run_server(app, listener, drain_timeout_s=drain_seconds)
+
+
+def _check_packages() -> None:
+    """Raise UsageError where an optional package of the server is missing."""
+    try:
+        import abyssal.server
+        import abyssal.server.process  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(f"serve: needs the package {error.name}; pip install 'abyssal[serve]'") from None
+
+
+def _warn(sentence: str) -> None:
+    typer.echo(f"warning: {sentence}", err=True)
 
 
 def _url(listener: socket) -> str:

@@ -60,7 +60,7 @@ def fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 
 def _nested(annotation: Any) -> list[Any]:
     """Return every type inside a generic annotation, depth first."""
-    found: list[Any] = []
+    types: list[Any] = []
     for argument in get_args(annotation):
-        found += [argument, *_nested(argument)]
-    return found
+        types += [argument, *_nested(argument)]
+    return types

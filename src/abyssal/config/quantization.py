@@ -36,19 +36,19 @@ class BlockFP8(Frozen):
         Raises:
             ConfigError: another quantisation, or another size of blocks.
         """
-        found = values.get("quantization_config")
-        if found is None:
+        stored = values.get("quantization_config")
+        if stored is None:
             return None
-        if not isinstance(found, dict):
-            raise ConfigError(f"{source}: quantization_config={found!r}: must be an object")
-        method = found.get("quant_method")
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{source}: quantization_config={stored!r}: must be an object")
+        method = stored.get("quant_method")
         if method != "fp8":
             raise ConfigError(
                 f"{source}: quantization_config.quant_method={method!r}: only 'fp8' with blocks of 128 x 128 is read; "
                 "use a bf16 or FP8 copy of this model"
             )
         lists = {"modules_to_not_convert", "ignored_layers", "dequantize"}
-        fields = {"weight_block_size": None} | {name: value for name, value in found.items() if name not in lists}
+        fields = {"weight_block_size": None} | {name: value for name, value in stored.items() if name not in lists}
         return cls.parse(fields, f"{source}: quantization_config")
 
     def to_hf(self) -> dict[str, Any]:

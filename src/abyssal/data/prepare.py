@@ -86,17 +86,14 @@ def prepare(
         documents = _split_in_order(references, config.split_modulus, seed)
         reader = _protect_test_documents(documents, DocumentReader(config), bars)
         dropped = _drop_duplicates(documents, reader, bars)
-        if loaded is None:
-            loaded = _train_tokenizer(documents["train"], reader, tokenizer.train_bytes, vocab_size, bars)
+        loaded = loaded or _train_tokenizer(documents["train"], reader, tokenizer.train_bytes, vocab_size, bars)
         _write_tokenizer(out, loaded, inputs)
         written = _write_shards(ShardEncoder(out, loaded, reader, seed), documents, workers, bars)
     manifest = DatasetManifest(
         tokenizer=loaded.fingerprint,
         dtype=token_dtype(loaded.vocab_size),
         dropped=DroppedCounts(**sum((result.dropped for result in written), dropped)),
-        splits={
-            split: Split.of(result.shard for result in written if result.plan.split == split) for split in documents
-        },
+        splits={name: Split.of(result.shard for result in written if result.plan.split == name) for name in documents},
         sources=_summarise_sources(config, written),
         inputs=inputs,
     )

@@ -41,10 +41,10 @@ class MachineLimits:
             "matmul_half_depth": (self.matmul_half_depth, "the same products"),
             "pass_seconds_per_byte": (1 / self.memory_bandwidth, "as memory_bandwidth"),
         }
-        given = {key: value for key, value in figures.items() if value[0]}
+        known = {key: value for key, value in figures.items() if value[0]}
         lines = [f"[{name}]", f'description = "measured: {self.device}"']
-        lines += [f"{key} = {value:.6g}" for key, (value, _) in given.items()]
-        lines += [f"[{name}.sources]", *(f'{key} = "abyssal machine: {source}"' for key, (_, source) in given.items())]
+        lines += [f"{key} = {value:.6g}" for key, (value, _) in known.items()]
+        lines += [f"[{name}.sources]", *(f'{key} = "abyssal machine: {source}"' for key, (_, source) in known.items())]
         return "\n".join(lines) + "\n"
 
 

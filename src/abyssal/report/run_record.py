@@ -79,8 +79,8 @@ def _what_instead(path: Path) -> str:
         folder = path.parent
         siblings = [other.name for other in _runs_in(folder)]
         close = nearest(path.name, siblings)
-        found = f"; nearest: {folder / close.removeprefix('; nearest: ')}" if close else _listed(folder)
-        return f"no such folder of a run{found}"
+        hint = f"; nearest: {folder / close.removeprefix('; nearest: ')}" if close else _listed(folder)
+        return f"no such folder of a run{hint}"
     if path.parent != path and is_run(path.parent):
         return f"is inside the folder of a run; nearest: {path.parent}"
     if path.is_file():

@@ -221,8 +221,8 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """Return what is left, U+FFFD for an unfinished character, and start a new text."""
-        whole = self._core.decode(self._ids, skip_special_tokens=self._skip_special)
-        rest = whole[self._length :]
+        text = self._core.decode(self._ids, skip_special_tokens=self._skip_special)
+        rest = text[self._length :]
         self._start()
         return rest
 

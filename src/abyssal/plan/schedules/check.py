@@ -25,14 +25,14 @@ def check_schedule(schedule: PipelineSchedule) -> None:
                     raise ScheduleError(f"{action} on rank {rank}: no such stage or micro-batch")
                 if action.direction != schedule.direction_of(action.micro_batch):
                     raise ScheduleError(f"{action} on rank {rank}: its micro-batch goes the other way")
-                if (holder := schedule.rank_of(action.leaves)) != rank:
+                if (holder := schedule.rank_of(action.result)) != rank:
                     raise ScheduleError(f"{action} on rank {rank}: rank {holder} holds the stage")
                 counts[action.stage, action.micro_batch, action.kind] += 1
-    whole, split = (1, 1, 0, 0), (1, 0, 1, 1)
+    complete = ((1, 1, 0, 0), (1, 0, 1, 1))  # of F, B, I, W
     for stage in range(schedule.num_stages):
         for micro_batch in range(schedule.micro_batches):
             of_chunk = tuple(counts[stage, micro_batch, kind] for kind in ActionKind)
-            if of_chunk not in (whole, split):
+            if of_chunk not in complete:
                 passes = ", ".join(f"{count} {kind}" for count, kind in zip(of_chunk, ActionKind, strict=True))
                 raise ScheduleError(f"stage {stage}, micro-batch {micro_batch}: {passes}")
     _ = schedule.order  # raises on a deadlock

@@ -16,7 +16,7 @@ class ActionKind(StrEnum):
     """What an action does with its chunk."""
 
     FORWARD = "F"
-    BACKWARD = "B"  # the whole backward pass: the input's gradient and the weights'
+    BACKWARD = "B"  # the complete backward pass: the gradients of the input and of the weights
     BACKWARD_INPUT = "I"  # the input's gradient only; a BACKWARD_WEIGHT of the same chunk follows
     BACKWARD_WEIGHT = "W"
 
@@ -65,8 +65,8 @@ class Action:
         return (self,)
 
     @property
-    def leaves(self) -> ChunkResult:
-        """What it makes that another action waits for; of a whole backward pass, the input's gradient."""
+    def result(self) -> ChunkResult:
+        """The result that other actions wait for; of a complete backward pass, the input's gradient."""
         match self.kind:
             case ActionKind.FORWARD:
                 value = ResultKind.OUTPUT
@@ -162,8 +162,8 @@ class PipelineSchedule:
         """Return the rank that makes a result."""
         return self.placement[self.direction_of(result.micro_batch)][result.stage]
 
-    def needs(self, action: Action) -> tuple[ChunkResult, ...]:
-        """Return what must be there before an action begins, its own rank's earlier results included."""
+    def inputs_of(self, action: Action) -> tuple[ChunkResult, ...]:
+        """Return the results that an action needs before it begins, those of its own rank included."""
         stage, micro_batch = action.stage, action.micro_batch
         if action.kind is ActionKind.FORWARD:
             return (ChunkResult(ResultKind.OUTPUT, stage - 1, micro_batch),) if stage > 0 else ()
@@ -179,8 +179,8 @@ class PipelineSchedule:
         return tuple(
             StageMessage(result, source, target)
             for action in cell.actions
-            for target in (self.rank_of(action.leaves),)
-            for result in self.needs(action)
+            for target in (self.rank_of(action.result),)
+            for result in self.inputs_of(action)
             for source in (self.rank_of(result),)
             if source != target
         )
@@ -191,7 +191,7 @@ class PipelineSchedule:
 
     def _sends(self, cell: Cell) -> Iterator[StageMessage]:
         for action in cell.actions:
-            result = action.leaves
+            result = action.result
             step = {ResultKind.OUTPUT: 1, ResultKind.INPUT_GRADIENT: -1}.get(result.value, 0)
             reader = result.stage + step
             if step and 0 <= reader < self.num_stages:
@@ -207,22 +207,22 @@ class PipelineSchedule:
             ScheduleError: no such order exists; the message names what a rank waits for.
         """
         steps: list[ScheduledCell] = []
-        made: dict[ChunkResult, int] = {}  # by which step
+        producer: dict[ChunkResult, int] = {}  # by number in the order
         position = [0] * self.num_ranks
         waiting: defaultdict[ChunkResult, list[int]] = defaultdict(list)
         ready = list(reversed(range(self.num_ranks)))
         while ready:
             rank = ready.pop()
             for cell in self.ranks[rank][position[rank] :]:
-                needs = [need for action in cell.actions for need in self.needs(action)]
-                missing = next((need for need in needs if need not in made), None)
+                needs = [need for action in cell.actions for need in self.inputs_of(action)]
+                missing = next((need for need in needs if need not in producer), None)
                 if missing is not None:
                     waiting[missing].append(rank)
                     break
                 for action in cell.actions:
-                    made[action.leaves] = len(steps)
-                    ready += waiting.pop(action.leaves, ())
-                steps.append(ScheduledCell(rank, cell, tuple(made[need] for need in needs)))
+                    producer[action.result] = len(steps)
+                    ready += waiting.pop(action.result, ())
+                steps.append(ScheduledCell(rank, cell, tuple(producer[need] for need in needs)))
                 position[rank] += 1
         for rank, cells in enumerate(self.ranks):
             if position[rank] < len(cells):
